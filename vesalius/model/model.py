@@ -1,0 +1,244 @@
+"""An opened model: a transformers model as it is, its anatomy, and one forward pass that records or changes parts."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vesalius.errors import ModelError
+from vesalius.model.anatomy import Anatomy, Stack, read_anatomy
+from vesalius.model.hooks import Hooks, Site, Tap
+from vesalius.model.memory import memory_errors
+from vesalius.parts import Part
+
+ModelKind = Literal["causal", "masked", "encoder-decoder", "encoder"]
+_OWN_POSITIONS = ("roberta", "xlm-roberta", "opt", "bloom", "t5", "mt5")  # forwards that place padded tokens themselves
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What one forward pass recorded.
+
+    Attributes:
+        logits: (row, pos, vocabulary) or (row, read, token), as asked; None for encoders without a head.
+        sites: recorded tensors in the canonical shapes of `hooks`.
+    """
+
+    logits: Tensor | None
+    sites: dict[Site, Tensor]
+
+    def __getitem__(self, site: Site | tuple[str, int] | tuple[str, int, str]) -> Tensor:
+        return self.sites[Site(*site)]
+
+    def part(self, part: Part) -> Tensor:
+        """The recorded activation of a part: (row, pos, d), or (row, pos) for a neuron."""
+        from vesalius.model.intervene import locate
+
+        where = locate(part)
+        return where.read(self.sites[where.site])
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformers model with its parts named. Weights are frozen and the model is in evaluation mode.
+
+    Attributes:
+        hf: the `PreTrainedModel`, untouched.
+        tokenizer: its tokenizer, or None.
+        anatomy: where its parts are, and its sizes.
+        name: short name; spec: what it was opened with; fingerprint: identifies the weights.
+    """
+
+    hf: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    anatomy: Anatomy
+    name: str
+    spec: str
+    fingerprint: str
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def wrap(cls, hf: PreTrainedModel, tokenizer: Any = None, name: str = "", spec: str = "", fingerprint: str = "") -> Model:
+        """An already loaded transformers model on the bench; it is put in evaluation mode and its weights frozen."""
+        hf.eval().requires_grad_(False)
+        if getattr(hf, "tokenizer", None) is not None and tokenizer is None:
+            tokenizer = hf.tokenizer
+        name = name or getattr(hf, "name_or_path", "") or type(hf).__name__
+        return cls(hf, tokenizer, read_anatomy(hf), name, spec or name, fingerprint or weights_fingerprint(hf))
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def n_layers(self) -> int:
+        return self.anatomy.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        return self.anatomy.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.anatomy.n_kv_heads
+
+    @property
+    def d_model(self) -> int:
+        return self.anatomy.d_model
+
+    @property
+    def d_head(self) -> int:
+        return self.anatomy.d_head
+
+    @property
+    def d_mlp(self) -> int:
+        return self.anatomy.d_mlp
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.hf.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where input ids go."""
+        return self.hf.get_input_embeddings().weight.device  # type: ignore[union-attr,return-value]
+
+    @property
+    def kind(self) -> ModelKind:
+        """`causal`, `masked` (BERT with its head), `encoder-decoder`, or `encoder` (no head)."""
+        if "dec" in self.anatomy.stacks:
+            return "encoder-decoder"
+        if self.anatomy.main.causal:
+            return "causal"
+        return "masked" if self.anatomy.main.head else "encoder"
+
+    def parts(self, kinds: Sequence[str] = ("head", "mlp")) -> list[Part]:
+        """Every part of these kinds, in forward order."""
+        return self.anatomy.parts(tuple(kinds))
+
+    def __repr__(self) -> str:
+        a = self.anatomy
+        kv = f"/{a.n_kv_heads} kv" if a.n_kv_heads != a.n_heads else ""
+        return (
+            f"Model({self.name}: {a.family}, {self.n_parameters / 1e6:.0f}M parameters, {a.n_layers} blocks x "
+            f"{a.n_heads} heads{kv}, d {a.d_model}, mlp {a.d_mlp}, {self.dtype}, {self.device})"
+        )
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def inputs(self, ids: Tensor, mask: Tensor | None = None, decoder: Tensor | None = None) -> dict[str, Any]:
+        """Keyword arguments for the transformers model; positions of padded rows count real tokens only."""
+        kwargs: dict[str, Any] = {"input_ids": ids.to(self.device)}
+        if mask is not None and bool((mask == 0).any()):
+            mask = mask.to(self.device)
+            kwargs["attention_mask"] = mask
+            if self.anatomy.family not in _OWN_POSITIONS and "position_ids" in _forward_parameters(type(self.hf)):
+                kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if decoder is not None:
+            kwargs["decoder_input_ids"] = decoder.to(self.device)
+        return kwargs
+
+    def run(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        *,
+        capture: Sequence[Site | tuple[str, int] | tuple[str, int, str]] = (),
+        taps: Mapping[Site, Sequence[Tap]] | None = None,
+        decoder: Tensor | None = None,
+    ) -> Capture:
+        """One plain forward pass of the whole model.
+
+        Args:
+            ids: (row, pos); mask: 1 for real tokens; decoder: decoder ids for encoder-decoder models.
+            capture: sites to record (after taps have changed them). Nothing is copied: capture costs no arithmetic.
+            taps: functions that may replace sites.
+        """
+        recorded: dict[Site, Tensor] = {}
+        every: dict[Site, list[Tap]] = {site: list(functions) for site, functions in (taps or {}).items()}
+        for wanted in capture:
+            site = Site(*wanted)
+            every.setdefault(site, []).append(lambda x, s=site: recorded.__setitem__(s, x))  # type: ignore[misc]
+        with torch.no_grad(), memory_errors(), Hooks(self.hf, self.anatomy, every):
+            out = self.hf(**self.inputs(ids, mask, decoder))
+        return Capture(getattr(out, "logits", None), recorded)
+
+    def logits(self, ids: Tensor, mask: Tensor | None = None, decoder: Tensor | None = None) -> Tensor:
+        """Logits (row, pos, vocabulary) of transformers itself, nothing hooked."""
+        logits = self.run(ids, mask, decoder=decoder).logits
+        if logits is None:
+            raise ModelError(f"{self.name} is an encoder without a head: it has no logits, so no task can be scored")
+        return logits
+
+    def readout(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Logits of chosen vocabulary rows from the residual stream after the last block.
+
+        Args:
+            hidden: (..., d_model), before the final norm. tokens: vocabulary ids (token,), or None for all.
+
+        Returns:
+            (..., token or vocabulary), with the model's soft-capping applied.
+        """
+        stack = self.anatomy.main
+        if not stack.head:
+            raise ModelError(f"{self.name} is an encoder without a head: it has no logits, so no task can be scored")
+        if stack.final_norm is not None:
+            hidden = stack.final_norm.module(hidden)
+        if stack.project_out is not None:
+            hidden = stack.project_out(hidden)
+        if stack.logit_scale != 1.0:
+            hidden = hidden * stack.logit_scale
+        logits = _head_rows(stack, hidden, tokens)
+        cap = self.anatomy.softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def unembedding(self, tokens: Tensor) -> Tensor:
+        """Rows of the unembedding, (token, d_model), as the final normed residual stream meets them."""
+        stack = self.anatomy.main
+        if stack.unembed is None:
+            raise ModelError(f"{self.name}'s head is not linear; direct contributions to its logits are not defined")
+        weight = stack.unembed.weight
+        assert isinstance(weight, Tensor)
+        rows = weight[tokens.to(weight.device)] * stack.logit_scale
+        if isinstance(stack.project_out, nn.Module):
+            rows = rows @ stack.project_out.weight  # type: ignore[operator]
+        return rows
+
+
+def _head_rows(stack: Stack, hidden: Tensor, tokens: Tensor | None) -> Tensor:
+    if tokens is not None and stack.unembed is not None:
+        weight = stack.unembed.weight
+        if isinstance(weight, Tensor) and weight.device.type != "meta":
+            tokens = tokens.to(weight.device)
+            bias = stack.unembed.bias
+            hidden = hidden.to(weight.device)
+            return nn.functional.linear(hidden, weight[tokens], bias[tokens] if isinstance(bias, Tensor) else None)
+    for module in stack.head:
+        hidden = module(hidden)
+    return hidden if tokens is None else hidden[..., tokens.to(hidden.device)]
+
+
+def _forward_parameters(cls: type) -> set[str]:
+    return set(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
+
+
+def weights_fingerprint(hf: PreTrainedModel) -> str:
+    """A short hash of the architecture and of a fixed sample of every weight, quick even for large models."""
+    digest = hashlib.sha256(hf.config.to_json_string(use_diff=False).encode())
+    for name, tensor in hf.state_dict().items():
+        flat = tensor.detach().flatten()
+        step = max(1, flat.numel() // 4096)
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if flat.device.type != "meta":
+            digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,117 @@
+"""Clean and counterfactual prompts as tensors, and what is read from the logits.
+
+`Pairs` is what a task hands to the bench: nothing below `tasks/` knows about text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Metric(Protocol):
+    """A number per example, differentiable in the logits. Larger means more of the right answer."""
+
+    name: str
+    unit: str
+
+    def tokens(self, pairs: Pairs) -> Tensor | None:
+        """Vocabulary ids the metric looks at, (token,), or None when it needs all of them (a softmax)."""
+
+    def __call__(self, logits: Tensor, pairs: Pairs) -> Tensor:
+        """Values (example,) from logits (row, read, len(tokens) or vocabulary)."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Clean and corrupted prompts, aligned token by token, and where and how to read the answer.
+
+    A *row* is one sequence given to the model. Single-token answers have one row an example; multi-token answers have
+    one row for each acceptable or wrong continuation (teacher-forced).
+
+    Attributes:
+        clean, corrupted: token ids (row, pos). Padding is on the left for causal models, on the right otherwise.
+        mask: 1 for real tokens, 0 for padding (row, pos); the same for clean and corrupted.
+        reads: positions whose logits are read (row, read); in decoder positions if `decoder` is given.
+        read_mask: False where a row has fewer reads than the widest (row, read).
+        targets: ids of the teacher-forced continuation at each read (row, read), or None for single-token answers.
+        row_example: index of the example each row belongs to (row,).
+        row_right: True for rows that carry a right answer (row,); all True for single-token answers.
+        answers, wrong: acceptable and wrong first tokens of each example (single-token answers).
+        metric: what is measured.
+        positions: named positions (row,), -1 where a row lacks that position.
+        decoder: decoder token ids (row, pos) for encoder-decoder models.
+    """
+
+    clean: Tensor
+    corrupted: Tensor
+    mask: Tensor
+    reads: Tensor
+    read_mask: Tensor
+    row_example: Tensor
+    row_right: Tensor
+    answers: Sequence[Sequence[int]]
+    wrong: Sequence[Sequence[int]]
+    metric: Metric
+    targets: Tensor | None = None
+    positions: dict[str, Tensor] = field(default_factory=dict)
+    decoder: Tensor | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return self.clean.shape[0]
+
+    @property
+    def n_examples(self) -> int:
+        return len(self.answers)
+
+    @property
+    def length(self) -> int:
+        return self.clean.shape[1]
+
+    @property
+    def first_difference(self) -> int:
+        """First position at which any row's clean and corrupted tokens differ (`length` if none does)."""
+        differs = (self.clean != self.corrupted).any(dim=0).nonzero()
+        return int(differs[0]) if len(differs) else self.length
+
+    def value(self, logits: Tensor) -> Tensor:
+        """The metric of every example, (example,), from logits at the reads, (row, read, token)."""
+        return self.metric(logits, self)
+
+    def swap(self) -> Pairs:
+        """The same with clean and corrupted exchanged."""
+        return replace(self, clean=self.corrupted, corrupted=self.clean)
+
+    def take(self, examples: Sequence[int]) -> Pairs:
+        """Only these examples, in this order, with columns of padding common to all rows removed."""
+        order = [int(e) for e in examples]
+        rows = torch.cat([(self.row_example == e).nonzero().flatten() for e in order]) if order else torch.empty(0).long()
+        new_index = torch.cat([torch.full((int((self.row_example == e).sum()),), i) for i, e in enumerate(order)])
+        mask = self.mask[rows]
+        used = mask.any(dim=0).nonzero().flatten()
+        lo, hi = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, self.length)
+        shift = 0 if self.decoder is not None else lo
+        return replace(
+            self,
+            clean=self.clean[rows, lo:hi],
+            corrupted=self.corrupted[rows, lo:hi],
+            mask=mask[:, lo:hi],
+            reads=self.reads[rows] - shift,
+            read_mask=self.read_mask[rows],
+            row_example=new_index.to(self.row_example),
+            row_right=self.row_right[rows],
+            answers=[self.answers[e] for e in order],
+            wrong=[self.wrong[e] for e in order],
+            targets=None if self.targets is None else self.targets[rows],
+            positions={k: torch.where(v[rows] >= 0, v[rows] - lo, v[rows]) for k, v in self.positions.items()},
+            decoder=None if self.decoder is None else self.decoder[rows],
+        )
+
+    def batches(self, size: int) -> list[Pairs]:
+        """Consecutive groups of at most `size` examples, similar lengths kept as they come."""
+        return [self.take(range(i, min(i + size, self.n_examples))) for i in range(0, self.n_examples, size)]

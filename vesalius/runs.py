@@ -1,0 +1,548 @@
+"""Runs: one folder for each request, which a second identical request finds again.
+
+    runs/circuit-smollm2-135m-ioi-relp-3fa9c1d27b/
+        request.json    what was asked: command, arguments, seeds, fingerprints of model and task
+        status.json     running, done, failed or interrupted; stage; when; the error line; the process
+        versions.json   vesalius, torch, transformers, python, platform, threads, and earlier ones if it was resumed
+        manifest.json   size and sha256 of every stored file
+        *.parquet, *.json, *.npz, ...   what was found
+        checkpoints/    pieces of an unfinished sweep; each carries its own checksum in its name
+        report.html     drawn from the files above, so it can be drawn again and is not in the manifest
+
+The folder's name is a readable slug and the first ten digits of the sha256 of the request in canonical JSON. What does
+not change the numbers (`--json`, `--out`, the number of threads) must stay out of the request.
+
+A file counts only if it is listed in the manifest with the size and sha256 it has on disk. It is written beside its
+place, flushed to disk and renamed, and listed after that; a process killed at any moment leaves at worst a file that is
+not believed and is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from vesalius.errors import RunError
+from vesalius.records import (
+    Checkpoint,
+    Lock,
+    dump,
+    now,
+    one_line,
+    plain,
+    read_json,
+    request_hash,
+    sha256,
+    slug,
+    versions,
+    why,
+    write_atomic,
+)
+from vesalius.scores import Scores
+
+State = Literal["running", "done", "failed", "interrupted"]
+DEFAULT_ROOT = Path("runs")
+_DIGITS = 10  # of the request's sha256 in the folder's name: a clash among a million runs has odds of 1 in 2
+_OWN = {"request.json", "status.json", "versions.json", "manifest.json", "lock", "report.html"}
+_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+
+
+class Stage:
+    """The stage a run is in; tell it how far it is."""
+
+    def __init__(self, run: Run, entry: dict[str, Any]) -> None:
+        self._run, self._entry, self._written = run, entry, 0.0
+
+    def update(self, done: int, total: int | None = None) -> None:
+        """Records that `done` of `total` steps are finished (on disk at most once a second)."""
+        self._entry["done"] = int(done)
+        if total is not None:
+            self._entry["total"] = int(total)
+        if time.monotonic() - self._written > 1:
+            self._run._write_status()
+            self._written = time.monotonic()
+
+
+
+
+class Run:
+    """A recorded request and what came of it. Made by `Run.start` (to write) or `Run.open` (to read).
+
+    As a context manager it finishes when the block ends, fails with the error's line when it raises, and is marked
+    interrupted on Ctrl-C; either way the next start of the same request goes on from what was stored.
+
+    Example:
+        >>> with Run.start({"command": "circuit", "arguments": {"task": "ioi"}, "seeds": [0]}) as run:  # doctest: +SKIP
+        ...     if not run.has("scores"):
+        ...         with run.stage("scores"):
+        ...             run.save_table("scores", compute())
+    """
+
+    def __init__(self, folder: Path, request: dict[str, Any], lock: Lock, writable: bool) -> None:
+        self.folder = folder
+        self.request = request
+        self.hash = request_hash(request)
+        self._lock = lock
+        self._writable = writable
+        self._status: dict[str, Any] = {}
+        self._manifest: dict[str, dict[str, Any]] = {}
+
+    # -- making and opening
+
+    @classmethod
+    def start(
+        cls, request: Mapping[str, Any], out: Path | str | None = None, fresh: bool = False, command_line: str = ""
+    ) -> Run:
+        """Opens the run of this request for writing: a new one, or the one that is already there.
+
+        Args:
+            request: what decides the numbers: command, arguments, seeds, model and task fingerprints.
+            out: the folder that holds runs (`--out`), made if missing; `./runs` by default.
+            fresh: forget what an earlier run of the same request stored.
+            command_line: the exact command, shown in the report; not part of the request.
+
+        Returns:
+            The run, locked for this process. `run.done` tells that all of it is there already.
+
+        Raises:
+            RunError: if the folder cannot be written, is a file, belongs to another request, or another process is
+                writing the run now.
+        """
+        clean = plain(request)
+        parent = Path(out) if out is not None else DEFAULT_ROOT
+        digest = request_hash(clean)
+        folder = parent / f"{slug(clean)}-{digest[:_DIGITS]}"
+        for path in (parent, folder):
+            if path.exists() and not path.is_dir():
+                raise RunError(f"{path} is a file, not a folder for runs; name another with --out")
+        lock = Lock(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            raise RunError(f"cannot write runs in {parent}: {why(error)}; name another folder with --out") from error
+        try:
+            return cls._begin(folder, clean, lock, fresh, command_line)
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def _begin(cls, folder: Path, request: dict[str, Any], lock: Lock, fresh: bool, command_line: str) -> Run:
+        run = cls(folder, request, lock, writable=True)
+        for path in [*folder.rglob("*.part")]:
+            path.unlink(missing_ok=True)
+        if fresh:
+            run._forget()
+        if (folder / "request.json").exists():
+            found = read_json(folder / "request.json", "start again with --fresh")
+            if request_hash(found) != run.hash:
+                raise RunError(f"{folder}/request.json is not the request of that name; use --fresh or another --out")
+        else:
+            write_atomic(folder / "request.json", dump(request))
+        with contextlib.suppress(RunError):  # a manifest that cannot be read vouches for nothing
+            run._manifest = run._read_manifest()
+        with contextlib.suppress(RunError):
+            run._status = read_json(folder / "status.json", "")
+        before = run._status.get("state")
+        run._status.setdefault("started", now())
+        run._status["touched"] = now()
+        run._status["command"] = command_line or run._status.get("command", "")
+        bad = run.damaged()
+        if before == "done" and not bad:
+            run._write_status()
+            return run
+        run._record_versions()
+        run._status.update(state="running", stage=None, error=None, ended=None)
+        run._status.update(pid=os.getpid(), host=socket.gethostname())
+        run._status["attempts"] = int(run._status.get("attempts", 0)) + 1
+        run._status.setdefault("stages", [])
+        if bad:
+            run._status["made_again"] = [*run._status.get("made_again", []), *bad]
+        run._write_status()
+        return run
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Run:
+        """Opens a run for reading; nothing in it is changed.
+
+        Raises:
+            RunError: if the folder is not a run, or its request does not match its name.
+        """
+        folder = Path(folder)
+        remedy = "it is not a run of Vesalius, or it is damaged; `vesalius runs` lists the good ones"
+        request = read_json(folder / "request.json", remedy)
+        run = cls(folder, request, Lock(folder), writable=False)
+        run._status = read_json(folder / "status.json", remedy)
+        if (folder / "manifest.json").exists():
+            run._manifest = run._read_manifest()
+        return run
+
+    def _forget(self) -> None:
+        with contextlib.suppress(RunError):
+            for name in self._read_manifest():
+                with contextlib.suppress(OSError):
+                    (self.folder / name).unlink()
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        for name in _OWN - {"lock"}:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _record_versions(self) -> None:
+        path = self.folder / "versions.json"
+        current: dict[str, Any] = versions()
+        if path.exists():
+            with contextlib.suppress(RunError):
+                old = read_json(path, "")
+                earlier = old.pop("earlier", [])
+                if old != plain(current) and self._manifest:
+                    earlier.append(old)
+                if earlier:
+                    current["earlier"] = earlier
+        write_atomic(path, dump(current))
+
+    # -- what it is
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """A copy of `status.json`, with the state as it really is."""
+        return {**self._status, "state": self.state}
+
+    @property
+    def state(self) -> State:
+        """`running` only while a process is at it; a run whose process died is `interrupted`."""
+        state: State = self._status.get("state", "interrupted")
+        return "interrupted" if state == "running" and not self._lock.held() else state
+
+    @property
+    def done(self) -> bool:
+        """Whether it finished and every file it stored is as it was stored."""
+        return self.state == "done" and not self.damaged()
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """What it was computed with (`versions.json`), with `earlier` ones if it went on under others."""
+        path = self.folder / "versions.json"
+        return read_json(path, "start it again with --fresh") if path.exists() else {}
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the stored files."""
+        return sorted(self._manifest)
+
+    def damaged(self) -> list[str]:
+        """Stored files that are missing, truncated or changed, one reason each."""
+        return [reason for name in self.files if (reason := self._trouble(name))]
+
+    def _read_manifest(self) -> dict[str, dict[str, Any]]:
+        remedy = "start the run again with --fresh"
+        found = read_json(self.folder / "manifest.json", remedy)
+        if found.get("request") != self.hash or not isinstance(found.get("files"), dict):
+            raise RunError(f"{self.folder / 'manifest.json'} belongs to another request; {remedy}")
+        return dict(found["files"])
+
+    def _trouble(self, name: str) -> str:
+        entry, path = self._manifest[name], self.folder / name
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes instead of {entry['bytes']}"
+            same = sha256(path) == entry["sha256"]
+            return "" if same else f"{name} was changed after it was stored (its sha256 differs)"
+        except OSError as error:
+            return f"{name} cannot be read ({why(error)})"
+
+    # -- storing
+
+    def _file(self, name: str, suffix: str) -> str:
+        file = name if name.endswith(suffix) else name + suffix
+        if file in _OWN or not _NAME.match(file) or file.endswith(".part"):
+            raise RunError(f"'{file}' cannot be the name of a stored file; use letters, digits, '_', '-' and '.'")
+        return file
+
+    def _must_write(self) -> None:
+        if not self._writable or self._lock.handle is None:
+            raise RunError(f"{self.folder} is not open for writing; start its request again to add to it")
+
+    def save_file(self, name: str, data: bytes | Callable[[Path], object]) -> Path:
+        """Stores any file, given its content or a function that writes to the path it is handed; returns its path."""
+        self._must_write()
+        path = self.folder / self._file(name, "")
+        if self._status.get("state") == "done":  # something was missing after all
+            self._status["state"] = "running"
+        write_atomic(path, data)
+        self._manifest[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "stored": now()}
+        write_atomic(self.folder / "manifest.json", dump({"request": self.hash, "files": self._manifest}))
+        return path
+
+    def save_table(self, name: str, frame: pd.DataFrame) -> Path:
+        """Stores a table as `<name>.parquet`, without its index."""
+        buffer = io.BytesIO()
+        try:
+            frame.to_parquet(buffer, index=False)
+        except (ValueError, TypeError) as error:  # pyarrow's errors are of these kinds
+            raise RunError(f"table '{name}' cannot be stored as parquet: {one_line(error)}") from error
+        return self.save_file(self._file(name, ".parquet"), buffer.getvalue())
+
+    def save_json(self, name: str, value: Any) -> Path:
+        """Stores `<name>.json`; numbers that are not finite become null."""
+        return self.save_file(self._file(name, ".json"), dump(value))
+
+    def save_array(self, name: str, **arrays: ArrayLike) -> Path:
+        """Stores arrays by name as `<name>.npz`, without pickle."""
+        buffer = io.BytesIO()
+        solid = {k: np.asarray(v) for k, v in arrays.items()}
+        if any(a.dtype == object for a in solid.values()):
+            raise RunError(f"array '{name}' holds Python objects; store numbers or text")
+        np.savez(buffer, allow_pickle=False, **solid)
+        return self.save_file(self._file(name, ".npz"), buffer.getvalue())
+
+    def save_scores(self, name: str, scores: Scores) -> None:
+        """Stores Scores as `<name>.parquet` (with per-prompt values) and `<name>.json`."""
+        with tempfile.TemporaryDirectory() as folder:
+            scores.save(Path(folder))
+            self.save_file(self._file(name, ".json"), (Path(folder) / "scores.json").read_bytes())
+            self.save_file(self._file(name, ".parquet"), (Path(folder) / "scores.parquet").read_bytes())
+
+    # -- reading
+
+    def has(self, name: str) -> bool:
+        """Whether a table, JSON, array or file of that name is stored and whole.
+
+        A damaged one counts as absent while the run is being written (it is made again); when reading, it is an error
+        rather than something "not measured".
+        """
+        for file in (name, f"{name}.parquet", f"{name}.json", f"{name}.npz"):
+            if file in self._manifest:
+                reason = self._trouble(file)
+                if reason and not self._writable:
+                    raise RunError(self._refusal(reason))
+                if not reason:
+                    return True
+        return False
+
+    def _refusal(self, reason: str) -> str:
+        return f"{self.folder}: {reason}; run the same command again and it is made anew"
+
+    def bytes(self, name: str) -> bytes:
+        """The content of a stored file, checked against the manifest.
+
+        Raises:
+            RunError: if it was not stored, or is not what was stored.
+        """
+        if name not in self._manifest:
+            near = difflib.get_close_matches(name, self.files, n=3, cutoff=0.4)
+            hint = " or ".join(near) or ", ".join(self.files[:20]) or "nothing"
+            raise RunError(f"{self.folder} holds no {name} (it has {hint})")
+        try:
+            data = (self.folder / name).read_bytes()
+        except OSError as error:
+            raise RunError(self._refusal(f"{name} cannot be read ({why(error)})")) from error
+        if hashlib.sha256(data).hexdigest() != self._manifest[name]["sha256"]:
+            raise RunError(self._refusal(self._trouble(name) or f"{name} changed while it was read"))
+        return data
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A stored table."""
+        return pd.read_parquet(io.BytesIO(self.bytes(self._file(name, ".parquet"))))
+
+    def json(self, name: str) -> Any:
+        """A stored JSON value."""
+        return json.loads(self.bytes(self._file(name, ".json")))
+
+    def array(self, name: str) -> dict[str, NDArray[Any]]:
+        """Stored arrays by name."""
+        with np.load(io.BytesIO(self.bytes(self._file(name, ".npz"))), allow_pickle=False) as arrays:
+            return {k: arrays[k] for k in arrays.files}
+
+    def scores(self, name: str = "scores") -> Scores:
+        """Stored Scores."""
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "scores.json").write_bytes(self.bytes(self._file(name, ".json")))
+            (Path(folder) / "scores.parquet").write_bytes(self.bytes(self._file(name, ".parquet")))
+            return Scores.load(Path(folder))
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """The store of finished pieces of the sweep of that name, bound to this request."""
+        return Checkpoint(self.folder / "checkpoints" / self._file(name, ""), self.hash, self._writable)
+
+    # -- progress
+
+    def _write_status(self) -> None:
+        self._must_write()
+        write_atomic(self.folder / "status.json", dump(self._status))
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
+        """Records that the run is at that stage, when it began and ended, and how far it is."""
+        entry: dict[str, Any] = {"name": name, "started": now(), "ended": None}
+        if total is not None:
+            entry.update(done=0, total=total)
+        self._status.setdefault("stages", []).append(entry)
+        self._status.update(stage=name, state="running")
+        self._write_status()
+        try:
+            yield Stage(self, entry)
+        except KeyboardInterrupt:
+            self._status["state"] = "interrupted"
+            self._write_status()
+            raise
+        entry["ended"] = now()
+        self._status["stage"] = None
+        self._write_status()
+
+    def _end(self, state: State, error: str | None) -> None:
+        if self._lock.handle is None:
+            return
+        try:
+            self._status.update(state=state, ended=now(), error=error)
+            if state == "done":
+                self._status["stage"] = None
+            self._write_status()
+        finally:
+            self.close()
+
+    def finish(self) -> None:
+        """Marks the run done and lets go of its folder; a run that was done already keeps its dates."""
+        if self._status.get("state") == "done":
+            self.close()
+        else:
+            self._end("done", None)
+
+    def fail(self, error: BaseException | str) -> None:
+        """Marks the run failed (or interrupted, if the error is Ctrl-C) and lets go of its folder."""
+        if isinstance(error, KeyboardInterrupt):
+            self._end("interrupted", None)
+        else:
+            self._end("failed", one_line(error))
+
+    def close(self) -> None:
+        """Lets go of the folder without changing the run's state."""
+        self._lock.release()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finish()
+        else:
+            with contextlib.suppress(RunError):  # the first error is the one to show
+                self.fail(error)
+
+    def __repr__(self) -> str:
+        return f"Run({self.name}; {self.state}; {len(self._manifest)} files)"
+
+
+# ---- finding runs
+
+
+def _folders(roots: Sequence[Path | str]) -> list[Path]:
+    return [p.parent for root in roots for p in sorted(Path(root).glob("*/request.json"))]
+
+
+def _touched(folder: Path) -> str:
+    with contextlib.suppress(RunError):
+        return str(read_json(folder / "status.json", "").get("touched", ""))
+    return ""
+
+
+def find_run(text: str, roots: Sequence[Path | str] = (DEFAULT_ROOT,)) -> Run:
+    """Opens a run for reading by its folder, its name, the start of its name or of its hash, or `last`.
+
+    Raises:
+        RunError: if there is none, or more than one, with the nearest names.
+    """
+    if (Path(text) / "request.json").exists():
+        return Run.open(text)
+    folders = _folders(roots)
+    where = ", ".join(str(r) for r in roots)
+    if text == "last":
+        if not folders:
+            raise RunError(f"there are no runs in {where} yet; `vesalius circuit` makes one")
+        return Run.open(max(folders, key=_touched))
+    exact = [f for f in folders if f.name == text]
+    hits = exact or [f for f in folders if text and (f.name.startswith(text) or f.name.split("-")[-1].startswith(text))]
+    if len(hits) == 1:
+        return Run.open(hits[0])
+    if hits:
+        shown = ", ".join(str(f if exact else f.name) for f in hits[:5]) + (", ..." if len(hits) > 5 else "")
+        raise RunError(f"'{text}' may be any of {len(hits)} runs: {shown}; give more of the name, or its folder")
+    near = difflib.get_close_matches(text, [f.name for f in folders], n=3, cutoff=0.3)
+    hint = f"; nearest: {', '.join(near)}" if near else "; `vesalius runs` lists them"
+    raise RunError(f"no run '{text}' in {where}{hint}")
+
+
+_COLUMNS = ["run", "hash", "command", "model", "task", "method", "level", "state", "when", "seconds", "accuracy"]
+_COLUMNS += ["logit_diff", "faithfulness", "heads", "mlps", "edges", "random", "cpr", "cmd", "error", "folder"]
+
+
+def _number(value: Any) -> float | None:
+    """The middle of an estimate written as a number or as {"mean": ...}."""
+    if isinstance(value, Mapping):
+        value = value.get("mean")
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def list_runs(root: Path | str = DEFAULT_ROOT) -> pd.DataFrame:
+    """All runs of a folder, the latest first: what was asked, how it stands, and the headline numbers of its summary.
+
+    A run that cannot be read is listed too, with state `damaged` and the reason in `error`.
+    """
+    rows: list[dict[str, Any]] = []
+    for folder in _folders([root]):
+        row: dict[str, Any] = {"run": folder.name, "folder": str(folder)}
+        rows.append(row)
+        try:
+            run = Run.open(folder)
+            arguments = run.request.get("arguments")
+            pool = {**run.request, **(arguments if isinstance(arguments, Mapping) else {})}
+            tasks = pool.get("task", pool.get("tasks"))
+            row |= {k: pool.get(k) for k in ("command", "model", "method", "level")}
+            row["task"] = ", ".join(map(str, tasks)) if isinstance(tasks, list) else tasks
+            status = run.status
+            row |= {"hash": run.hash[:_DIGITS], "state": status["state"], "error": status.get("error")}
+            row["when"] = status.get("touched")
+            spans = [(s["started"], s["ended"]) for s in status.get("stages", []) if s.get("ended")]
+            parse = datetime.fromisoformat
+            row["seconds"] = sum((parse(b) - parse(a)).total_seconds() for a, b in spans) if spans else None
+            if run.has("summary.json"):
+                summary = run.json("summary")
+                size = summary.get("size") or {}
+                row |= {k: size.get(k) for k in ("heads", "mlps", "edges")}
+                for key in ("accuracy", "logit_diff", "faithfulness", "random", "cpr", "cmd"):
+                    row[key] = _number(summary.get(key))
+        except RunError as error:
+            row |= {"state": "damaged", "error": str(error)}
+    frame = pd.DataFrame(rows, columns=_COLUMNS)
+    frame["when"] = pd.to_datetime(frame["when"], utc=True)
+    return frame.sort_values("when", ascending=False, na_position="last", ignore_index=True)
+
+
+__all__ = [
+    "DEFAULT_ROOT", "Checkpoint", "Run", "Stage", "find_run", "list_runs", "plain", "request_hash", "slug", "versions",
+    "write_atomic",
+]  # fmt: skip
