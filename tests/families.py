@@ -21,7 +21,16 @@ _LLAMA = _COMMON | {
 _GPT = _COMMON | {"n_embd": D, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64, "n_inner": MLP}
 _BERT = {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}
 _GEMMA = _LLAMA | {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 8}
-_T5 = {"vocab_size": VOCAB, "d_model": D, "d_kv": 8, "d_ff": MLP, "num_layers": LAYERS, "num_heads": HEADS, "pad_token_id": 0, "decoder_start_token_id": 0}
+_T5 = {
+    "vocab_size": VOCAB,
+    "d_model": D,
+    "d_kv": 8,
+    "d_ff": MLP,
+    "num_layers": LAYERS,
+    "num_heads": HEADS,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}
 
 
 def _config(name: str) -> tuple[type, object]:
@@ -33,7 +42,9 @@ def _config(name: str) -> tuple[type, object]:
         ),
         "gpt-neox-serial": lambda: (
             tf.GPTNeoXForCausalLM,
-            tf.GPTNeoXConfig(**{k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}, use_parallel_residual=False),
+            tf.GPTNeoXConfig(
+                **{k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}, use_parallel_residual=False
+            ),
         ),
         "gptj": lambda: (tf.GPTJForCausalLM, tf.GPTJConfig(**_GPT, rotary_dim=4)),
         "opt": lambda: (
@@ -59,10 +70,15 @@ def _config(name: str) -> tuple[type, object]:
         "roberta": lambda: (tf.RobertaForMaskedLM, tf.RobertaConfig(**_BERT | {"max_position_embeddings": 70})),
         "distilbert": lambda: (
             tf.DistilBertForMaskedLM,
-            tf.DistilBertConfig(vocab_size=VOCAB, dim=D, hidden_dim=MLP, n_layers=LAYERS, n_heads=HEADS, pad_token_id=0),
+            tf.DistilBertConfig(
+                vocab_size=VOCAB, dim=D, hidden_dim=MLP, n_layers=LAYERS, n_heads=HEADS, pad_token_id=0
+            ),
         ),
         "t5": lambda: (tf.T5ForConditionalGeneration, tf.T5Config(**_T5)),
-        "t5-gated": lambda: (tf.T5ForConditionalGeneration, tf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+        "t5-gated": lambda: (
+            tf.T5ForConditionalGeneration,
+            tf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        ),
     }
     return make[name]()
 

@@ -1,11 +1,11 @@
 """Vesalius: the anatomist's bench for transformer language models.
 
-    import vesalius
-    model = vesalius.open("smollm2-135m")
-    task = vesalius.task("ioi", n=64, seed=0)
-    scores = vesalius.find("relp", model, task)
-    circuit = vesalius.grow(scores, fraction=0.25)
-    proof = circuit.prove(model, task.held_out())
+import vesalius
+model = vesalius.open("smollm2-135m")
+task = vesalius.task("ioi", n=64, seed=0)
+scores = vesalius.find("relp", model, task)
+circuit = vesalius.grow(scores, fraction=0.25)
+proof = circuit.prove(model, task.held_out())
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ _LAZY = {
     "Model": "vesalius.model:Model",
     "Intervention": "vesalius.model:Intervention",
     "task": "vesalius.tasks:task",
-    "find": "vesalius.find:find",
     "grow": "vesalius.prove:grow",
-    "prove": "vesalius.prove:prove",
     "Circuit": "vesalius.prove:Circuit",
     "Scores": "vesalius.scores:Scores",
     "Part": "vesalius.parts:Part",
@@ -43,6 +41,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("find", "prove"):  # packages that are called like the function they are named after
+        return importlib.import_module(f"vesalius.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'vesalius' has no attribute '{name}'")
     module, attribute = _LAZY[name].split(":")
@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*_LAZY, "__version__"])
+    return sorted([*_LAZY, "find", "prove", "__version__"])
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Records that can be believed: canonical requests, files written whole or not at all, locks, checkpoints.
 
-A file is written beside its place, flushed to disk and renamed, so a process killed at any moment leaves the old file or
-the new one, never half of one. `vesalius.runs` builds on this.
+A file is written beside its place, flushed to disk and renamed, so a process killed at any moment leaves the old file
+or the new one, never half of one. `vesalius.runs` builds on this.
 """
 
 from __future__ import annotations
@@ -198,8 +198,10 @@ class Lock:
             if attempt == 4:
                 owner = self._owner(handle)
                 handle.close()
-                who = "this Python process: close() that Run first" if owner["pid"] == os.getpid() else (
-                    f"process {owner['pid']} on {owner['host']}: wait for it, or stop it and start again"
+                who = (
+                    "this Python process: close() that Run first"
+                    if owner["pid"] == os.getpid()
+                    else (f"process {owner['pid']} on {owner['host']}: wait for it, or stop it and start again")
                 )
                 raise RunError(f"{self.path.parent} is being written by {who}")
             time.sleep(0.05)

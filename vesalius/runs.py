@@ -81,8 +81,6 @@ class Stage:
             self._written = time.monotonic()
 
 
-
-
 class Run:
     """A recorded request and what came of it. Made by `Run.start` (to write) or `Run.open` (to read).
 
@@ -192,7 +190,7 @@ class Run:
         request = read_json(folder / "request.json", remedy)
         run = cls(folder, request, Lock(folder), writable=False)
         run._status = read_json(folder / "status.json", remedy)
-        if (folder / "manifest.json").exists():
+        if (folder / "manifest.json").exists() or run._status.get("files"):
             run._manifest = run._read_manifest()
         return run
 
@@ -249,7 +247,7 @@ class Run:
     @property
     def files(self) -> list[str]:
         """Names of the stored files."""
-        return sorted(self._manifest)
+        return sorted({*self._manifest, *self._status.get("files", [])})
 
     def damaged(self) -> list[str]:
         """Stored files that are missing, truncated or changed, one reason each."""
@@ -260,10 +258,12 @@ class Run:
         found = read_json(self.folder / "manifest.json", remedy)
         if found.get("request") != self.hash or not isinstance(found.get("files"), dict):
             raise RunError(f"{self.folder / 'manifest.json'} belongs to another request; {remedy}")
-        return dict(found["files"])
+        return {name: entry for name, entry in found["files"].items() if _NAME.match(name)}
 
     def _trouble(self, name: str) -> str:
-        entry, path = self._manifest[name], self.folder / name
+        entry, path = self._manifest.get(name), self.folder / name
+        if entry is None:  # it was there when the run finished
+            return f"{name} is missing from manifest.json"
         try:
             size = path.stat().st_size
             if size != entry["bytes"]:
@@ -334,7 +334,7 @@ class Run:
         rather than something "not measured".
         """
         for file in (name, f"{name}.parquet", f"{name}.json", f"{name}.npz"):
-            if file in self._manifest:
+            if file in self.files:
                 reason = self._trouble(file)
                 if reason and not self._writable:
                     raise RunError(self._refusal(reason))
@@ -351,7 +351,7 @@ class Run:
         Raises:
             RunError: if it was not stored, or is not what was stored.
         """
-        if name not in self._manifest:
+        if name not in self.files:
             near = difflib.get_close_matches(name, self.files, n=3, cutoff=0.4)
             hint = " or ".join(near) or ", ".join(self.files[:20]) or "nothing"
             raise RunError(f"{self.folder} holds no {name} (it has {hint})")
@@ -359,7 +359,7 @@ class Run:
             data = (self.folder / name).read_bytes()
         except OSError as error:
             raise RunError(self._refusal(f"{name} cannot be read ({why(error)})")) from error
-        if hashlib.sha256(data).hexdigest() != self._manifest[name]["sha256"]:
+        if hashlib.sha256(data).hexdigest() != self._manifest.get(name, {}).get("sha256"):
             raise RunError(self._refusal(self._trouble(name) or f"{name} changed while it was read"))
         return data
 
@@ -418,7 +418,7 @@ class Run:
         try:
             self._status.update(state=state, ended=now(), error=error)
             if state == "done":
-                self._status["stage"] = None
+                self._status.update(stage=None, files=sorted(self._manifest))
             self._write_status()
         finally:
             self.close()

@@ -73,9 +73,7 @@ class Scores:
 
     def kind(self, kind: Literal["head", "mlp", "neuron", "edge", "embed"] | str) -> Scores:
         """Only the rows of that kind of part."""
-        keep = [
-            i for i, p in enumerate(self.parts) if ("edge" if isinstance(p, Edge) else p.kind) == kind
-        ]
+        keep = [i for i, p in enumerate(self.parts) if ("edge" if isinstance(p, Edge) else p.kind) == kind]
         return self.select(keep)
 
     def select(self, rows: Sequence[int]) -> Scores:
@@ -226,7 +224,9 @@ def concat(tables: Iterable[Scores]) -> Scores:
         np.concatenate([t.values for t in items]),
         np.concatenate([t.per_example for t in items if t.per_example is not None]) if both else None,
         [s for t in items for s in t.positions or []] if items[0].positions is not None else None,
-        np.concatenate([t.verified for t in items if t.verified is not None]) if items[0].verified is not None else None,
+        np.concatenate([t.verified for t in items if t.verified is not None])
+        if items[0].verified is not None
+        else None,
         dict(items[0].info),
     )
 

@@ -23,9 +23,15 @@ def decoder_of(model: Model) -> Tensor | None:
 
 def every_site(model: Model) -> list[Site]:
     names = [n for n in NAMES if not (n == "resid_mid" and model.anatomy.parallel)]
-    sites = [Site(n, layer, p) for p, s in model.anatomy.stacks.items() for layer in range(len(s.blocks)) for n in names]
+    sites = [
+        Site(n, layer, p) for p, s in model.anatomy.stacks.items() for layer in range(len(s.blocks)) for n in names
+    ]
     if model.kind == "encoder-decoder":
-        sites += [Site(f"cross_{n}", layer, "dec") for layer in range(model.n_layers) for n in ("q", "k", "v", "z", "pattern", "out")]
+        sites += [
+            Site(f"cross_{n}", layer, "dec")
+            for layer in range(model.n_layers)
+            for n in ("q", "k", "v", "z", "pattern", "out")
+        ]
     return sites
 
 
@@ -78,7 +84,11 @@ def test_recorded_sites_fit_together(family: str) -> None:
 @pytest.mark.parametrize("family", ALL)
 def test_readout_of_the_last_residual_is_the_logits(family: str) -> None:
     model = tiny(family)
-    run = model.run(some_ids(), capture=[Site("resid_post", model.n_layers - 1, model.anatomy.main.prefix)], decoder=decoder_of(model))
+    run = model.run(
+        some_ids(),
+        capture=[Site("resid_post", model.n_layers - 1, model.anatomy.main.prefix)],
+        decoder=decoder_of(model),
+    )
     last = next(iter(run.sites.values()))
     assert torch.allclose(model.readout(last), run.logits, atol=1e-5)
     tokens = torch.tensor([3, 50, 8])
@@ -188,7 +198,11 @@ def test_patching_one_side_of_all_heads_equals_patching_the_projection(family: s
     fused = block.projections["q"] is block.projections["k"]
 
     def hook(module, args, out):
-        new = torch.nn.functional.linear(normed, module.weight, module.bias) if hasattr(module, "in_features") else torch.addmm(module.bias, normed.flatten(0, 1), module.weight).view(out.shape)
+        new = (
+            torch.nn.functional.linear(normed, module.weight, module.bias)
+            if hasattr(module, "in_features")
+            else torch.addmm(module.bias, normed.flatten(0, 1), module.weight).view(out.shape)
+        )
         if not fused:
             return new
         out = out.clone()
@@ -227,6 +241,11 @@ def test_padded_batches_answer_as_one_prompt_at_a_time(family: str, padding: str
 
 def test_parts_that_do_not_exist_are_refused() -> None:
     model = tiny("phi")
-    for name, word in [("L9.H0", "L0 to L2"), ("L0.H7", "H0 to H3"), ("L1.resid_mid", "parallel"), ("enc.L0.H0", "stack")]:
+    for name, word in [
+        ("L9.H0", "L0 to L2"),
+        ("L0.H7", "H0 to H3"),
+        ("L1.resid_mid", "parallel"),
+        ("enc.L0.H0", "stack"),
+    ]:
         with pytest.raises(PartError, match=word):
             model.anatomy.require(parse_part(name))

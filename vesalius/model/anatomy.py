@@ -161,7 +161,14 @@ class Block:
 
     @property
     def norms(self) -> list[NormView]:
-        found = [self.norm_in, self.norm_mid, self.norm_attn_out, self.norm_mlp_out, *self.head_norms, *self.extra_norms]
+        found = [
+            self.norm_in,
+            self.norm_mid,
+            self.norm_attn_out,
+            self.norm_mlp_out,
+            *self.head_norms,
+            *self.extra_norms,
+        ]
         unique: dict[int, NormView] = {id(n.module): n for n in found if n is not None}
         return list(unique.values())
 
@@ -367,7 +374,10 @@ def _read_stack(hf: PreTrainedModel, family: FamilySpec, spec: StackSpec, post_n
         else:
             assert b.q and b.k and b.v
             projections = {"q": need(module, b.q), "k": need(module, b.k), "v": need(module, b.v)}
-        norm_in, norm_mid = NormView(need(module, b.norm_in), family.norm), NormView(need(module, b.norm_mid), family.norm)
+        norm_in, norm_mid = (
+            NormView(need(module, b.norm_in), family.norm),
+            NormView(need(module, b.norm_mid), family.norm),
+        )
         shared: dict[str, Any] = {
             "layer": layer,
             "stack": spec.prefix,

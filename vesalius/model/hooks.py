@@ -30,7 +30,20 @@ from vesalius.model.anatomy import Anatomy, Block
 Tap = Callable[[Tensor], Tensor | None]
 
 ATTENTION = "vesalius"
-NAMES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "mlp_in", "neurons")
+NAMES = (
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "q",
+    "k",
+    "v",
+    "z",
+    "pattern",
+    "mlp_in",
+    "neurons",
+)
 CROSS_NAMES = tuple(f"cross_{n}" for n in ("q", "k", "v", "z", "pattern", "out"))
 
 
@@ -57,11 +70,8 @@ def _attention(
 
     Registered with transformers under the name "vesalius"; used only while a tap or a replay asks for it.
     """
-    heads = query.shape[1]
-    if key.shape[1] != heads:
-        key = key.repeat_interleave(heads // key.shape[1], dim=1)
-    if value.shape[1] != heads:
-        value = value.repeat_interleave(heads // value.shape[1], dim=1)
+    if key.shape[1] != value.shape[1]:  # one of them written per query head, the other still shared
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     taps: Sequence[Tap] = getattr(module, "_vesalius_pattern", ())
@@ -69,8 +79,13 @@ def _attention(
     if position_bias is not None:
         bias = position_bias if bias is None else position_bias + bias
     if not taps and softcap is None:
-        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
+        grouped = key.shape[1] != query.shape[1]
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, scale=scaling, enable_gqa=grouped
+        )
         return out.transpose(1, 2).contiguous(), None
+    if key.shape[1] != query.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -90,7 +105,9 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, eager_mask)
 @contextmanager
 def own_attention(hf: PreTrainedModel) -> Iterator[None]:
     """Routes attention through our function, with explicit masks, for the duration."""
-    configs = {id(m.config): m.config for m in hf.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    configs = {
+        id(m.config): m.config for m in hf.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
@@ -234,7 +251,12 @@ class Hooks:
             raise PartError(f"block {block.layer} has no cross-attention")
 
     def _hook_resid_mid(
-        self, block: Block, functions: Sequence[Tap], attn_end: nn.Module, shape: dict[str, Any], on_output: Callable[..., None]
+        self,
+        block: Block,
+        functions: Sequence[Tap],
+        attn_end: nn.Module,
+        shape: dict[str, Any],
+        on_output: Callable[..., None],
     ) -> None:
         """resid_mid is a sum that no module outputs: attention's write is moved so that the sum becomes the new value."""
         if self.anatomy.parallel:
@@ -251,7 +273,10 @@ class Hooks:
                 new = new if out is None else out
             return None if new is mid else new - shape["resid_pre"]
 
-        on_output(attn_end if block.cross is None else block.cross.o, [tap] if block.cross is None else [self._cross_mid(block, functions, shape)])
+        on_output(
+            attn_end if block.cross is None else block.cross.o,
+            [tap] if block.cross is None else [self._cross_mid(block, functions, shape)],
+        )
 
     def _cross_mid(self, block: Block, functions: Sequence[Tap], shape: dict[str, Any]) -> Tap:
         """With cross-attention the middle is after both attentions: the self-attention's write is remembered first."""

@@ -49,7 +49,9 @@ def locate(part: Part) -> Where:
         return Where(Site("resid_pre", 0, part.stack))
     name = {"mlp": "mlp_out", "attn": "attn_out"}.get(part.kind, part.kind)
     if name == "unembed":
-        raise PartError("unembed is where the residual stream is read; intervene on the last block's resid_post instead")
+        raise PartError(
+            "unembed is where the residual stream is read; intervene on the last block's resid_post instead"
+        )
     return Where(Site(name, layer, part.stack))
 
 
@@ -83,8 +85,8 @@ class Intervention:
         value = self.value
         if isinstance(value, Tensor):
             value = value.to(old.device, old.dtype)
-            axis = 1  # position (or query) axis
-            if value.dim() == old.dim() and value.shape[axis] == old.shape[axis] + start and value.shape[axis] > 1:
+            axis = 1  # position (or query) axis; a value may cover all positions or only those computed
+            if value.dim() == old.dim() and start and value.shape[axis] == old.shape[axis] + start:
                 value = value.narrow(axis, start, old.shape[axis])
         if self.op == "zero":
             new = torch.zeros_like(old)
@@ -147,7 +149,9 @@ def sites_of(parts: Sequence[Part]) -> list[Site]:
     return list(dict.fromkeys(locate(p).site for p in parts))
 
 
-def ablation_value(source: Mapping[Site, Tensor] | Capture, part: Part, kind: Ablation, order: Tensor | None = None) -> Tensor:
+def ablation_value(
+    source: Mapping[Site, Tensor] | Capture, part: Part, kind: Ablation, order: Tensor | None = None
+) -> Tensor:
     """What replaces a part under an ablation, from activations recorded on the counterfactual prompts.
 
     Args:
@@ -172,6 +176,8 @@ def ablation_value(source: Mapping[Site, Tensor] | Capture, part: Part, kind: Ab
     return x
 
 
-def capture_parts(model: Model, ids: Tensor, mask: Tensor, parts: Sequence[Part], decoder: Tensor | None = None) -> Capture:
+def capture_parts(
+    model: Model, ids: Tensor, mask: Tensor, parts: Sequence[Part], decoder: Tensor | None = None
+) -> Capture:
     """One forward pass recording what `parts` need."""
     return model.run(ids, mask, capture=sites_of(parts), decoder=decoder)

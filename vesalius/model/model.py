@@ -66,7 +66,9 @@ class Model:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def wrap(cls, hf: PreTrainedModel, tokenizer: Any = None, name: str = "", spec: str = "", fingerprint: str = "") -> Model:
+    def wrap(
+        cls, hf: PreTrainedModel, tokenizer: Any = None, name: str = "", spec: str = "", fingerprint: str = ""
+    ) -> Model:
         """An already loaded transformers model on the bench; it is put in evaluation mode and its weights frozen."""
         hf.eval().requires_grad_(False)
         if getattr(hf, "tokenizer", None) is not None and tokenizer is None:
@@ -192,8 +194,11 @@ class Model:
         stack = self.anatomy.main
         if not stack.head:
             raise ModelError(f"{self.name} is an encoder without a head: it has no logits, so no task can be scored")
-        if stack.final_norm is not None:
-            hidden = stack.final_norm.module(hidden)
+        return self.head(hidden if stack.final_norm is None else stack.final_norm.module(hidden), tokens)
+
+    def head(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """As `readout`, from the residual stream after the final norm."""
+        stack = self.anatomy.main
         if stack.project_out is not None:
             hidden = stack.project_out(hidden)
         if stack.logit_scale != 1.0:
@@ -201,18 +206,6 @@ class Model:
         logits = _head_rows(stack, hidden, tokens)
         cap = self.anatomy.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def unembedding(self, tokens: Tensor) -> Tensor:
-        """Rows of the unembedding, (token, d_model), as the final normed residual stream meets them."""
-        stack = self.anatomy.main
-        if stack.unembed is None:
-            raise ModelError(f"{self.name}'s head is not linear; direct contributions to its logits are not defined")
-        weight = stack.unembed.weight
-        assert isinstance(weight, Tensor)
-        rows = weight[tokens.to(weight.device)] * stack.logit_scale
-        if isinstance(stack.project_out, nn.Module):
-            rows = rows @ stack.project_out.weight  # type: ignore[operator]
-        return rows
 
 
 def _head_rows(stack: Stack, hidden: Tensor, tokens: Tensor | None) -> Tensor:

@@ -16,8 +16,13 @@ from torch import Tensor
 class Metric(Protocol):
     """A number per example, differentiable in the logits. Larger means more of the right answer."""
 
-    name: str
-    unit: str
+    @property
+    def name(self) -> str:
+        """The registered name."""
+
+    @property
+    def unit(self) -> str:
+        """What one step of the value is: logit, nat, probability."""
 
     def tokens(self, pairs: Pairs) -> Tensor | None:
         """Vocabulary ids the metric looks at, (token,), or None when it needs all of them (a softmax)."""
@@ -45,6 +50,8 @@ class Pairs:
         metric: what is measured.
         positions: named positions (row,), -1 where a row lacks that position.
         decoder: decoder token ids (row, pos) for encoder-decoder models.
+        options: first tokens of all continuations of each example that accuracy chooses among, the right one included
+            (single-token answers); None where that is answers + wrong.
     """
 
     clean: Tensor
@@ -60,6 +67,7 @@ class Pairs:
     targets: Tensor | None = None
     positions: dict[str, Tensor] = field(default_factory=dict)
     decoder: Tensor | None = None
+    options: Sequence[Sequence[int]] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -90,7 +98,9 @@ class Pairs:
     def take(self, examples: Sequence[int]) -> Pairs:
         """Only these examples, in this order, with columns of padding common to all rows removed."""
         order = [int(e) for e in examples]
-        rows = torch.cat([(self.row_example == e).nonzero().flatten() for e in order]) if order else torch.empty(0).long()
+        rows = (
+            torch.cat([(self.row_example == e).nonzero().flatten() for e in order]) if order else torch.empty(0).long()
+        )
         new_index = torch.cat([torch.full((int((self.row_example == e).sum()),), i) for i, e in enumerate(order)])
         mask = self.mask[rows]
         used = mask.any(dim=0).nonzero().flatten()
@@ -110,6 +120,7 @@ class Pairs:
             targets=None if self.targets is None else self.targets[rows],
             positions={k: torch.where(v[rows] >= 0, v[rows] - lo, v[rows]) for k, v in self.positions.items()},
             decoder=None if self.decoder is None else self.decoder[rows],
+            options=None if self.options is None else [self.options[e] for e in order],
         )
 
     def batches(self, size: int) -> list[Pairs]:

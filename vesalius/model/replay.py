@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -41,8 +42,21 @@ class _Prefix:
             old_k = old_k.repeat_interleave(group, dim=1)
         if old_v.shape[1] != value.shape[1]:
             old_v = old_v.repeat_interleave(value.shape[1] // old_v.shape[1], dim=1)
-        old_k, old_v = old_k.repeat(self.copies, 1, 1, 1), old_v.repeat(self.copies, 1, 1, 1)
+        if self.copies > 1:
+            old_k, old_v = old_k.repeat(self.copies, 1, 1, 1), old_v.repeat(self.copies, 1, 1, 1)
         return torch.cat([old_k, key], dim=2), torch.cat([old_v, value], dim=2)
+
+
+class _Caught(Exception):
+    """Ends a block's pass once its keys and values are known."""
+
+
+class _Catch:
+    """Stands in for a cache to learn a block's keys and values, and nothing else of it."""
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> None:
+        self.key, self.value = key, value
+        raise _Caught
 
 
 class Tape:
@@ -128,10 +142,12 @@ class Tape:
             for name, value in arguments.items():
                 tensors = value if isinstance(value, tuple) else (value,)
                 if any(isinstance(t, Tensor) for t in tensors) and name not in _AXES:
-                    raise NotImplementedError(f"blocks of {model.anatomy.family} take a tensor '{name}' unknown to replay")
+                    raise NotImplementedError(
+                        f"blocks of {model.anatomy.family} take a tensor '{name}' unknown to replay"
+                    )
 
-    def _at(self, layer: int, copies: int, start: int) -> dict[str, Any]:
-        """The block's recorded arguments for `copies` variants of every row, from position `start` on."""
+    def _at(self, layer: int, copies: int, start: int, stop: int, past: Any) -> dict[str, Any]:
+        """The block's recorded arguments for `copies` variants of every row, positions [start, stop)."""
 
         def cut(name: str, x: Any) -> Any:
             if isinstance(x, tuple):
@@ -140,7 +156,7 @@ class Tape:
                 return None if name in ("past_key_values", "layer_past") else x
             batch, query = _AXES[name]
             if query is not None and x.shape[query] > 1:
-                x = x.narrow(query, start, x.shape[query] - start)
+                x = x.narrow(query, start, stop - start)
             if copies > 1 and x.shape[batch] > 1:
                 x = x.repeat(copies, *[1] * (x.dim() - 1))
             return x
@@ -148,9 +164,8 @@ class Tape:
         arguments = {name: cut(name, x) for name, x in self.arguments[layer].items()}
         if "use_cache" in arguments:
             arguments["use_cache"] = False
-        if start:
-            slot = "layer_past" if "layer_past" in arguments else "past_key_values"
-            arguments[slot] = _Prefix(self.keys, self.values, copies)
+        if past is not None:
+            arguments["layer_past" if "layer_past" in arguments else "past_key_values"] = past
         return arguments
 
     def replay(
@@ -177,16 +192,43 @@ class Tape:
             hidden = self.hidden[layer][:, self.start :]
             if copies > 1:
                 hidden = hidden.repeat(copies, 1, 1)
-        shared: dict[int, dict[str, Any]] = {}
+        end = self.ids.shape[1]
+        last = len(stack.blocks) - 1
+        trim = self._trimmed(layer, last, taps or {})
+        past = _Prefix(self.keys, self.values, copies) if self.start else None
         with memory_errors(), own_attention(model.hf), Hooks(model.hf, model.anatomy, taps or {}):
-            for index in range(layer, len(stack.blocks)):
+            shared: dict[int, dict[str, Any]] = {}
+            for index in range(layer, last if trim else last + 1):
                 key = id(self.arguments[index].get("attention_mask"))
-                if key not in shared or self.start:
-                    shared = {key: self._at(index, copies, self.start)}
+                if key not in shared:  # most blocks share their arguments
+                    shared = {key: self._at(index, copies, self.start, end, past)}
                 out = stack.blocks[index].module(hidden, **shared[key])
                 hidden = out[0] if isinstance(out, tuple) else out
-        reads = (self.reads - self.start).repeat(copies, 1)
+            if trim:
+                hidden = self._last_block(hidden, copies, trim)
+        reads = (self.reads - (trim or self.start)).repeat(copies, 1)
         return _gather(hidden, reads)
+
+    def _trimmed(self, layer: int, last: int, taps: Mapping[Site, Sequence[Tap]]) -> int:
+        """First position the last block has to compute (its queries before the first read matter to nothing), or 0."""
+        if not self.model.anatomy.main.causal or layer >= last or any(s.layer == last for s in taps):
+            return 0
+        first = int(self.reads.min())
+        return first if first > self.start else 0
+
+    def _last_block(self, hidden: Tensor, copies: int, first: int) -> Tensor:
+        """The last block at positions from `first` on: of the earlier ones only keys and values are computed."""
+        last = len(self.model.anatomy.main.blocks) - 1
+        block = self.model.anatomy.main.blocks[last].module
+        catch = _Catch()
+        with suppress(_Caught):
+            block(hidden[:, : first - self.start], **self._at(last, copies, self.start, first, catch))
+        keys, values = [catch.key] * (last + 1), [catch.value] * (last + 1)
+        if self.start:
+            keys[last], values[last] = _Prefix(self.keys, self.values, copies).update(catch.key, catch.value, last)
+        past = _Prefix(keys, values, 1)
+        out = block(hidden[:, first - self.start :], **self._at(last, copies, first, self.ids.shape[1], past))
+        return out[0] if isinstance(out, tuple) else out
 
     def _rerun(self, copies: int, taps: Mapping[Site, Sequence[Tap]]) -> Tensor:
         model = self.model

@@ -1,6 +1,7 @@
 """The cache of converted checkpoints: built beside their place, renamed into it whole, checked at each opening.
 
-    CACHE/models/LABEL-KEY/     a checkpoint and its vesalius-source.json; KEY is taken from the sha256 of what it was made of
+Its folders:
+    CACHE/models/LABEL-KEY/     a checkpoint and its vesalius-source.json; KEY is from the sha256 of what it was made of
     CACHE/models/.building-*    work in progress, never read; what a killed process left is removed
     CACHE/locks/KEY.lock        held while KEY is built, so that two processes do not both convert
     CACHE/hashes/               remembered sha256 of files that lie elsewhere
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 from filelock import FileLock, Timeout
 
 from vesalius.errors import DownloadError, ModelError
@@ -35,13 +37,12 @@ DAY_S = 24 * 3600
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """Where Vesalius keeps what it fetched: the argument, else $VESALIUS_CACHE, else vesalius under the user's cache folder."""
+    """Where Vesalius keeps what it fetched: the argument, else $VESALIUS_CACHE, else under the user's cache folder."""
     if cache is not None:
         return Path(cache).expanduser().absolute()
     if own := os.environ.get("VESALIUS_CACHE"):
         return Path(own).expanduser().absolute()
-    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vesalius"
+    return platformdirs.user_cache_path("vesalius", appauthor=False)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Cache:
     """The cache under `root`. Nothing is written before something is built."""
 
     def __init__(self, root: Path) -> None:
+        """Names the folder; it need not exist."""
         self.root = root
         self.models = root / "models"
         self.hashes = root / "hashes"
@@ -81,8 +83,8 @@ class Cache:
     def open(self, folder: Path, name: str, verify: bool = False) -> Cached:
         """Checks a cached checkpoint against its note and returns it.
 
-        Names and sizes are compared each time; the sha256 of a file when its time of change is not the noted one, and of
-        every file with `verify`.
+        Names and sizes are compared each time; the sha256 of a file when its time of change is not the noted one, and
+        of every file with `verify`.
 
         Args:
             folder: of the checkpoint.
@@ -93,35 +95,24 @@ class Cache:
             DownloadError: something is missing, added, cut short or changed. Nothing is repaired in silence.
         """
         repair = f"repair it with: vesalius models --refetch '{name}'"
-        note = _read_note(folder, repair)
-        files: dict[str, dict[str, Any]] = note["files"]
-        try:
-            present = {p.name for p in folder.iterdir() if not p.name.startswith(".")} - {NOTE}
-        except OSError as error:
-            raise ModelError(f"the cached {folder} cannot be read: {error.strerror or error}") from None
-        for strange in sorted(present - set(files)):
-            raise DownloadError(f"the cached {folder / strange} was not put there by Vesalius; remove it, or {repair}")
+        cached = _inspect(folder, repair)
+        note = cached.note
         moved = False
-        for file_name, entry in files.items():
+        for file_name, entry in note["files"].items():
             path = folder / file_name
-            try:
-                stat = path.stat()
-            except OSError as error:
-                raise DownloadError(f"the cached {path} cannot be read ({error.strerror or error}); {repair}") from None
-            if stat.st_size != entry["bytes"]:
-                raise DownloadError(f"the cached {path} is damaged: {stat.st_size} bytes, expected {entry['bytes']}; {repair}")
-            if verify or stat.st_mtime_ns != entry["mtime_ns"]:
+            mtime_ns = path.stat().st_mtime_ns
+            if verify or mtime_ns != entry["mtime_ns"]:
                 got = sha256_of(path)
                 if got != entry["sha256"]:
                     raise DownloadError(
                         f"the cached {path} is damaged: expected sha256 {entry['sha256']}, got {got}; {repair}"
                     )
-                moved = moved or stat.st_mtime_ns != entry["mtime_ns"]
-                entry["mtime_ns"] = stat.st_mtime_ns
+                moved = moved or mtime_ns != entry["mtime_ns"]
+                entry["mtime_ns"] = mtime_ns
         if moved:  # a copied cache: the content was just proved, so that the next start need not hash it again
             with contextlib.suppress(OSError):
                 write_json(folder / NOTE, note)
-        return Cached(folder, note)
+        return cached
 
     def build(
         self,
@@ -136,8 +127,8 @@ class Cache:
         Args:
             key: hex digits that name the content.
             label: readable head of the folder's name.
-            fill: writes the checkpoint's files into an empty folder and returns what the note should say of the source. It
-                may use the folder's sub-folders as working space: they are removed.
+            fill: writes the checkpoint's files into an empty folder and returns what the note should say of the source.
+                It may use the folder's sub-folders as working space: they are removed.
             progress: told when another process has to be waited for.
             refetch: replace a checkpoint that is already there, once the new one is whole.
         """
@@ -162,14 +153,17 @@ class Cache:
             finally:
                 shutil.rmtree(building, ignore_errors=True)
 
-    def entries(self) -> list[Cached]:
-        """All whole checkpoints, by folder name; those whose note cannot be read are left out here and refused by `open`."""
-        found = []
+    def entries(self) -> dict[str, Cached | ModelError]:
+        """What the cache holds, by key: a checkpoint whose names and sizes are as noted, or what is wrong with it."""
+        found: dict[str, Cached | ModelError] = {}
         with contextlib.suppress(OSError):
             for folder in sorted(self.models.iterdir()):
                 if not folder.name.startswith(".") and folder.is_dir():
-                    with contextlib.suppress(DownloadError):
-                        found.append(Cached(folder, _read_note(folder, "")))
+                    label, _, key = folder.name.rpartition("-")
+                    try:
+                        found[key] = _inspect(folder, f"repair it with: vesalius models --refetch '{label}'")
+                    except ModelError as error:
+                        found[key] = error
         return found
 
     def _put(self, building: Path, target: Path) -> Path:
@@ -222,6 +216,26 @@ def _new_note(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, **about, "date": date, "files": files}
 
 
+def _inspect(folder: Path, repair: str) -> Cached:
+    """Compares names and sizes with the note."""
+    note = _read_note(folder, repair)
+    try:
+        present = {p.name for p in folder.iterdir() if not p.name.startswith(".")} - {NOTE}
+    except OSError as error:
+        raise ModelError(f"the cached {folder} cannot be read: {error.strerror or error}") from None
+    for strange in sorted(present - set(note["files"])):
+        raise DownloadError(f"the cached {folder / strange} was not put there by Vesalius; remove it, or {repair}")
+    for name, entry in note["files"].items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise DownloadError(f"the cached {path} cannot be read ({error.strerror or error}); {repair}") from None
+        if size != entry["bytes"]:
+            raise DownloadError(f"the cached {path} is damaged: {size} bytes, expected {entry['bytes']}; {repair}")
+    return Cached(folder, note)
+
+
 def _read_note(folder: Path, repair: str) -> dict[str, Any]:
     try:
         note = json.loads((folder / NOTE).read_text("utf-8"))
@@ -233,7 +247,7 @@ def _read_note(folder: Path, repair: str) -> dict[str, Any]:
         sound = False
     if not sound:
         raise DownloadError(f"the cached {folder} has no {NOTE} that can be read; {repair}")
-    return note  # type: ignore[no-any-return]
+    return note
 
 
 @contextlib.contextmanager
@@ -243,10 +257,8 @@ def _writing(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         elsewhere = "set VESALIUS_CACHE to a folder with room that can be written"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             raise ModelError(f"no space is left for the cache {root}; {elsewhere}") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise ModelError(f"the cache {root} cannot be written ({error.strerror}); {elsewhere}") from error
         raise
-
-

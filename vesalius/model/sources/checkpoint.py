@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vesalius.errors import DownloadError, ModelError
-from vesalius.model.sources.hashing import remembered_sha256
+from vesalius.model.sources.hashing import remembered_sha256, sha256_of
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".tflite", ".npz")
@@ -28,7 +28,14 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-TOKENIZER_CORES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZER_CORES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -101,7 +108,8 @@ def check_safetensors(path: Path) -> None:
             if size < 8 or length > size - 8:
                 raise DownloadError(f"{path} is cut short ({size} bytes); fetch or save the model again")
             header = json.loads(file.read(length))
-        announced = 8 + length + max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
+        ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+        announced = 8 + length + max(ends, default=0)
     except PermissionError:
         raise ModelError(f"{path} may not be read by this user; change its permissions") from None
     except OSError as error:
@@ -130,18 +138,18 @@ def fingerprints(folder: Path, sha256: dict[str, str]) -> tuple[str, str]:
     return weights, hashlib.sha256(f"{weights}\n{canonical}".encode()).hexdigest()[:16]
 
 
-def hash_weights(files: list[Path], memo: Path) -> dict[str, str]:
-    """sha256 of each weight file by name; hashes that were computed before are remembered in `memo`.
+def hash_weights(files: list[Path], memo: Path, verify: bool = False) -> dict[str, str]:
+    """sha256 of each weight file by name; hashes that were computed before are remembered in `memo` unless `verify`.
 
     The hub's cache names a large file's blob by its sha256: one that differs is a damaged download.
     """
     found = {}
     for path in files:
-        digest = remembered_sha256(path, memo)
+        digest = sha256_of(path) if verify else remembered_sha256(path, memo)
         blob = path.resolve().name
         if path.is_symlink() and len(blob) == 64 and set(blob) <= set("0123456789abcdef") and blob != digest:
             raise DownloadError(
-                f"{path} is damaged: expected sha256 {blob}, got {digest}; delete {path.resolve()} and open the model again"
+                f"{path} is damaged: expected sha256 {blob}, got {digest}; delete {path.resolve()} and open it again"
             )
         found[path.name] = digest
     return found
@@ -184,7 +192,8 @@ def _indexed(index: Path, names: list[str], shown: str) -> list[str]:
     missing = [s for s in shards if s not in names]
     if missing:
         raise DownloadError(
-            f"'{shown}' is incomplete: {len(missing)} of {len(shards)} weight files are missing ({missing[0]}); fetch it again"
+            f"'{shown}' is incomplete: {len(missing)} of {len(shards)} weight files are missing "
+            f"({missing[0]}); fetch it again"
         )
     return shards
 
@@ -194,9 +203,9 @@ def refusal(names: list[str], shown: str) -> str:
     pickled = [n for n in names if n.lower().endswith(PICKLES)]
     if pickled:
         return (
-            f"'{shown}' has its weights only as a pickle ({pickled[0]}), which can run code when opened; Vesalius reads "
-            "safetensors and GGUF. If you trust it, convert it once yourself with transformers: "
-            "AutoModel.from_pretrained(OLD).save_pretrained(NEW), with the class its config.json names, and the tokenizer alike"
+            f"'{shown}' has its weights only as a pickle ({pickled[0]}), which can run code when opened; Vesalius "
+            "reads safetensors and GGUF. If you trust it, convert it once with transformers: load it with the class "
+            "that its config.json names, then model.save_pretrained(NEW) and tokenizer.save_pretrained(NEW)"
         )
     stray = [n for n in names if n.endswith(".safetensors")]
     if stray:

@@ -34,8 +34,8 @@ def convert(path: Path, target: Path, shown: str, progress: Progress) -> None:
     """Writes the checkpoint of a GGUF file to `target`, in float32, with its tokenizer.
 
     transformers refuses to save a model it read from GGUF, so a fresh one of the same configuration takes the weights
-    over; the saved folder is then loaded as anybody would and compared: every weight equal, the logits of a few tokens within
-    `TOLERANCE`.
+    over; the saved folder is then loaded as anybody would and compared: every weight equal, the logits of a few tokens
+    within `TOLERANCE`.
 
     Args:
         path: the GGUF file.
@@ -44,18 +44,21 @@ def convert(path: Path, target: Path, shown: str, progress: Progress) -> None:
         progress: told of each step.
 
     Raises:
-        ModelError: an architecture or tokenizer that transformers cannot read from GGUF, or a conversion that is not equal.
+        ModelError: an architecture or tokenizer that transformers cannot read from GGUF, or an unequal conversion.
         DownloadError: a file that is cut short.
     """
     check_magic(path, shown)
     try:
         with quiet_transformers():
             _convert(path, target, shown, progress)
-    except (ModelError, OSError):
+    except ModelError:
         raise
     except Exception as error:
         if out_of_memory(error):
-            raise OutOfMemory(f"converting '{shown}' needs about {_need_gb(path)} GB of memory; close other programs") from error
+            need = f"converting '{shown}' needs about {_need_gb(path)} GB of memory"
+            raise OutOfMemory(f"{need}; close other programs, or convert it on a larger machine") from error
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not transformers'
+            raise
         raise _refusal(error, shown) from error
 
 
@@ -105,7 +108,9 @@ def _compare(source: Any, target: Path, auto: Any, shown: str) -> None:
         inputs["decoder_input_ids"] = ids
     gap = (source(**inputs)[0] - saved(**inputs)[0]).abs().max().item()
     if not gap <= TOLERANCE:
-        raise ModelError(f"converting '{shown}' changed its output by {gap:.2g} (at most {TOLERANCE}); the result is not kept")
+        raise ModelError(
+            f"converting '{shown}' changed its logits by {gap:.2g}, over {TOLERANCE}; the result is not kept"
+        )
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -118,7 +123,8 @@ def _refusal(error: Exception, shown: str) -> ModelError:
         return ModelError(f"reading '{shown}' needs gguf and accelerate; run: pip install gguf accelerate")
     if "not supported" in text and "architecture" in text:
         return ModelError(f"'{shown}' cannot be read: {text}. GGUF architectures that can: {', '.join(_supported())}")
-    if isinstance(error, ValueError | IndexError) and any(w in text for w in ("reshape", "size", "bounds", "mmap", "buffer")):
+    signs = ("reshape", "size", "bounds", "mmap", "buffer")
+    if isinstance(error, ValueError | IndexError) and any(sign in text for sign in signs):
         return DownloadError(f"'{shown}' is cut short or damaged ({text[:200]}); fetch it again")
     return ModelError(f"'{shown}' cannot be read as a GGUF model: {type(error).__name__}: {text[:300]}")
 

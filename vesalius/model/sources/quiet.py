@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging as stdlib
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,13 +14,17 @@ from vesalius.model.sources.located import Progress
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Errors only and no progress bars inside; the user's settings are put back on the way out."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub import utils as hub
     from transformers.utils import logging
 
-    level, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    logging.set_verbosity(logging.CRITICAL)
+    level, bars, hub_bars = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not hub.are_progress_bars_disabled(),
+    )
+    logging.set_verbosity(stdlib.CRITICAL)
     logging.disable_progress_bar()
-    disable_progress_bars()
+    hub.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -28,10 +33,11 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+        # The two calls for transformers switch the hub's bars along with their own.
         if hub_bars:
-            enable_progress_bars()
+            hub.enable_progress_bars()
         else:
-            disable_progress_bars()
+            hub.disable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -50,8 +56,8 @@ def gguf_progress(message: str, progress: Progress) -> Iterator[None]:
     if bar is None:
         yield
         return
-    reader.tqdm = counted  # type: ignore[attr-defined]
+    reader.tqdm = counted
     try:
         yield
     finally:
-        reader.tqdm = bar  # type: ignore[attr-defined]
+        reader.tqdm = bar

@@ -87,9 +87,8 @@ def parse(spec: str, short_names: list[str]) -> Source:
         return Hub(hub["repo"], hub["revision"])
     if "/" in spec:
         raise ModelError(f"'{spec}' is neither a folder on this machine nor a hub name (org/name, org/name@revision)")
-    raise UnknownName(
-        "model", spec, short_names, "A folder is written as a path (./NAME), a hub model with its organisation (org/name)."
-    )
+    hint = "A folder is written as a path (./NAME), a hub model with its organisation (org/name)."
+    raise UnknownName("model", spec, short_names, hint)
 
 
 def parse_wheel(spec: str) -> Wheel:

