@@ -57,7 +57,8 @@ bench-peers: $(DEV) $(PEERS)/transformer-lens/.done $(PEERS)/nnsight/.done ## ti
 	$(PY) -m bench.peers --environments $(PEERS) $(BENCH)
 
 studies: $(DEV) ## measure again everything docs/results/ states
-	$(PY) -m studies
+	@set -e; for study in studies/[a-z]*.py; do \
+		[ -e "$$study" ] || { echo "no studies/*.py yet"; break; }; echo "== $$study"; $(PY) "$$study"; done
 
 clean: ## remove environments and everything built or measured (not the model cache)
 	rm -rf $(VENV) $(PEERS) site bench/out .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -166,8 +166,9 @@ def wanted_table(results: Results) -> str:
 
 def render(work: Work, reports: Sequence[Report], peers_line: str) -> str:
     """The whole page."""
-    scale = work.n_layers * work.n_heads / len(work.heads)
-    sampled = [r for r in reports if r["job"].startswith("patch") and not r.get("all_heads") and scale != 1]
+    heads = work.n_layers * work.n_heads
+    scale = (heads + 2) / (len(work.heads) + 2)  # one forward a head, and the two runs every sweep starts from
+    sampled = [r for r in reports if r["job"].startswith("patch") and not r.get("all_heads") and not work.complete]
     for report in sampled:
         report["scale"] = scale
     results = Results(reports)
@@ -192,18 +193,16 @@ def render(work: Work, reports: Sequence[Report], peers_line: str) -> str:
         "loop's numbers (edges: summed by sender, against the heads' scores). " + peers_line,
     ]
     if not work.complete:
-        text = f"Quick run: {len(work.heads)} of {work.n_layers * work.n_heads} heads were patched, and ratios take {scale:g}"
-        lines += ["", f"**{text} times as long for all of them. Not the benchmark.**"]
+        text = (
+            f"Quick run: {len(work.heads)} of {heads} heads were patched where one forward a head is needed, and ratios"
+        )
+        lines += ["", f"**{text} take {scale:.1f} times as long for all of them. Not the benchmark.**"]
     for name in ("late", "early"):
         if not results.of(f"patch:{name}"):
             continue
         start = sets[name].first_difference
-        heads = f"{len(work.heads)} heads"
-        lines += [
-            "",
-            f"## Exact patching of {heads}, pairs differing from token {start + 1} of {length} (`{name}`)",
-            "",
-        ]
+        where = f"pairs differing from token {start + 1} of {length}"
+        lines += ["", f"## Exact patching of {len(work.heads)} heads, {where} (`{name}`)", ""]
         lines.append(sweep_table(results, f"patch:{name}"))
     lines += ["", "## Forward, capture, attribution", "", pass_table(results)]
     lines += ["", "## What was wanted", "", wanted_table(results), ""]

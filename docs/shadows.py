@@ -13,5 +13,6 @@ class Packages(griffe.Extension):
     def on_module_members(self, *, mod: griffe.Module, **_: Any) -> None:
         """Called when the names of a module are known and its submodules are not yet."""
         if mod.path == "vesalius":
-            for name in [n for n, member in mod.members.items() if member.is_alias and n in ("find", "prove", "report")]:
-                del mod.members[name]
+            for name in ("find", "prove", "report"):
+                if name in mod.members and mod.members[name].is_alias:
+                    del mod.members[name]

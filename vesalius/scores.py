@@ -41,7 +41,7 @@ class Scores:
         values: mean score over the prompts, (row,).
         per_example: score of every prompt, (row, example), or None where the method gives the mean alone.
         positions: token position or position name of each row, or None when summed over positions.
-        verified: True where the value was measured by intervention rather than estimated, (row,), or None for all alike.
+        verified: True where the value was measured by intervention, not estimated, (row,), or None for all alike.
         info: task, method, model, fingerprint, seed, unit, direction and whatever else the method records.
     """
 
@@ -124,7 +124,7 @@ class Scores:
         return share
 
     def to_frame(self) -> pd.DataFrame:
-        """A tidy table: part, kind, layer, index, score, low, high, sign_stability, and position / verified if known."""
+        """A tidy table: part, kind, layer, index, score, low, high, sign_stability; position, verified if known."""
         low, high = self.interval()
         nodes = [p.receiver if isinstance(p, Edge) else p for p in self.parts]
         frame = pd.DataFrame(
@@ -145,13 +145,17 @@ class Scores:
             frame["verified"] = self.verified
         return frame
 
-    def _aligned(self, other: Scores) -> tuple[Array, Array]:
+    def _keys(self, other: Scores) -> list[Any]:
+        """What makes a row the same row in another table: its part, and its position where there are positions."""
         if self.positions is None and other.positions is None:
-            mine: dict[Any, float] = dict(zip(self.parts, self.values, strict=True))
-            theirs: dict[Any, float] = dict(zip(other.parts, other.values, strict=True))
-        else:
-            mine = dict(zip(zip(self.parts, self.positions or [], strict=True), self.values, strict=True))
-            theirs = dict(zip(zip(other.parts, other.positions or [], strict=True), other.values, strict=True))
+            return list(self.parts)
+        if self.positions is None or other.positions is None:
+            raise VesaliusError("one table has a score for each position and the other has none; score both alike")
+        return list(zip(self.parts, self.positions, strict=True))
+
+    def _aligned(self, other: Scores) -> tuple[Array, Array]:
+        mine = dict(zip(self._keys(other), self.values, strict=True))
+        theirs = dict(zip(other._keys(self), other.values, strict=True))
         common = [k for k in mine if k in theirs]
         if len(common) < 3:
             raise VesaliusError(f"only {len(common)} parts are scored in both tables; nothing to compare")
@@ -167,7 +171,7 @@ class Scores:
 
     def overlap(self, other: Scores, k: int) -> float:
         """Share of the k largest (by magnitude) that both tables have in common."""
-        mine, theirs = set(map(str, self.top(k).parts)), set(map(str, other.top(k).parts))
+        mine, theirs = set(self.top(k)._keys(other)), set(other.top(k)._keys(self))
         return len(mine & theirs) / max(1, min(k, len(self), len(other)))
 
     def save(self, folder: Path) -> None:

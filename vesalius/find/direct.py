@@ -65,14 +65,23 @@ def _terms(model: Model, pairs: Pairs, clean: bool) -> tuple[torch.Tensor, torch
         normed = norm.module(found.final)
         values = norm.linear(found.values, scale.unsqueeze(1))
         bias = norm.linear(found.bias, scale) + (0 if norm.bias is None else norm.bias)
-    direction = _answer_direction(model, pairs, normed)  # (row, read, d)
-    return (values * direction.unsqueeze(1)).sum((2, 3)).T, (bias * direction).sum((1, 2)), found.parts
+    direction, offset = _answer_direction(model, pairs, normed)  # (row, read, d), (row,)
+    return (values * direction.unsqueeze(1)).sum((2, 3)).T, (bias * direction).sum((1, 2)) + offset, found.parts
 
 
-def _answer_direction(model: Model, pairs: Pairs, normed: torch.Tensor) -> torch.Tensor:
-    """The metric's gradient at the normed residual stream: for a logit difference, the unembedding's difference."""
+def _answer_direction(model: Model, pairs: Pairs, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The metric's gradient at the normed residual stream, and the term of the unembedding's bias where it has one.
+
+    For a logit difference these are the differences of the unembedding's rows and of its biases (GPT-J, Phi).
+    """
+    tokens = pairs.metric.tokens(pairs)
     with torch.enable_grad():
         leaf = normed.detach().requires_grad_()
-        logits = model.head(leaf, pairs.metric.tokens(pairs)).float()
-        (direction,) = torch.autograd.grad(pairs.value(logits).sum(), leaf)
-    return direction
+        logits = model.head(leaf, tokens).float()
+        direction, of_logits = torch.autograd.grad(pairs.value(logits).sum(), (leaf, logits))
+    unembed = model.anatomy.main.unembed
+    bias = None if unembed is None else unembed.bias
+    if not isinstance(bias, torch.Tensor):
+        return direction, direction.new_zeros(direction.shape[0])
+    bias = bias if tokens is None else bias[tokens.to(bias.device)]
+    return direction, (of_logits * bias.to(of_logits)).sum((1, 2))

@@ -98,10 +98,10 @@ class Pairs:
     def take(self, examples: Sequence[int]) -> Pairs:
         """Only these examples, in this order, with columns of padding common to all rows removed."""
         order = [int(e) for e in examples]
-        rows = (
-            torch.cat([(self.row_example == e).nonzero().flatten() for e in order]) if order else torch.empty(0).long()
-        )
-        new_index = torch.cat([torch.full((int((self.row_example == e).sum()),), i) for i, e in enumerate(order)])
+        of = [(self.row_example == e).nonzero().flatten() for e in order]  # an example may be taken twice
+        none = torch.empty(0, dtype=torch.long)
+        rows = torch.cat([none, *of])
+        new_index = torch.cat([none, *(torch.full((len(r),), i) for i, r in enumerate(of))])
         mask = self.mask[rows]
         used = mask.any(dim=0).nonzero().flatten()
         lo, hi = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, self.length)
@@ -111,7 +111,7 @@ class Pairs:
             clean=self.clean[rows, lo:hi],
             corrupted=self.corrupted[rows, lo:hi],
             mask=mask[:, lo:hi],
-            reads=self.reads[rows] - shift,
+            reads=(self.reads[rows] - shift).clamp(min=0),  # unused reads may lie in the padding that goes
             read_mask=self.read_mask[rows],
             row_example=new_index.to(self.row_example),
             row_right=self.row_right[rows],

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vesalius.model.hooks import Site, Tap
 from vesalius.model.intervene import Intervention, first_layer, taps
+from vesalius.model.memory import memory_errors
 from vesalius.model.model import Capture, Model
 from vesalius.model.pairs import Pairs
 from vesalius.model.replay import Tape
@@ -109,7 +110,7 @@ def embedded(model: Model, ids: Tensor, pairs: Pairs) -> Tensor:
 
     handle = model.anatomy.main.blocks[0].module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), memory_errors():
             model.hf.base_model(**model.inputs(ids, pairs.mask, pairs.decoder))
     except _Stop:
         pass
@@ -125,7 +126,7 @@ def trunk(model: Model, ids: Tensor, pairs: Pairs, capture: Sequence[Site]) -> C
     recorded: dict[Site, Tensor] = {}
     reading = {s: [lambda x, s=s: recorded.__setitem__(s, x)] for s in capture}  # type: ignore[misc]
     body = model.hf.base_model if model.kind != "encoder-decoder" else model.hf
-    with torch.no_grad(), Hooks(model.hf, model.anatomy, reading):
+    with torch.no_grad(), memory_errors(), Hooks(model.hf, model.anatomy, reading):
         body(**model.inputs(ids, pairs.mask, pairs.decoder))
     return Capture(None, recorded)
 
@@ -133,7 +134,8 @@ def trunk(model: Model, ids: Tensor, pairs: Pairs, capture: Sequence[Site]) -> C
 def metric_values(model: Model, pairs: Pairs, hidden: Tensor, copies: int = 1) -> Tensor:
     """The metric of each variant and example, (copies, example), from final residuals (copies * row, read, d)."""
     tokens = pairs.metric.tokens(pairs)
-    logits = model.readout(hidden, tokens).float().cpu().unflatten(0, (copies, -1))
+    with memory_errors():
+        logits = model.readout(hidden, tokens).float().cpu().unflatten(0, (copies, -1))
     return torch.stack([pairs.value(one) for one in logits])
 
 
@@ -249,3 +251,11 @@ def _run(
 def _start_layer(model: Model, interventions: Sequence[Intervention]) -> int:
     """Encoder-side changes need the whole model again; `Tape` does that wherever a replay starts."""
     return first_layer(interventions) if interventions else model.n_layers - 1
+
+
+def read_logits(model: Model, pairs: Pairs, side: Side) -> tuple[Tensor, Tensor]:
+    """Logits at the reads, (row, read, vocabulary), and the metric, (example,), of one side of a batch."""
+    ids = pairs.clean if side == "clean" else pairs.corrupted
+    tape = Tape(model, ids, pairs.mask, pairs.reads, decoder=pairs.decoder)
+    with torch.no_grad():
+        return model.readout(tape.final).float().cpu(), metric_values(model, pairs, tape.final)[0]

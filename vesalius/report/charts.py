@@ -89,13 +89,14 @@ def scale_limit(table: pd.DataFrame) -> float:
     return float(largest) or 1.0
 
 
-def heatmap(table: pd.DataFrame, unit: str) -> Chart:
+def heatmap(table: pd.DataFrame, unit: str, limit: float, caption: str = "Every head and MLP") -> Chart:
     """Layers (upwards) by heads, MLPs in a column of their own; members of the circuit are outlined."""
     columns = list(dict.fromkeys(table.sort_values("order")["column"]))
+    heads = [int(c) for c in columns if c.isdigit()]
+    columns = [*map(str, range(max(heads, default=-1) + 1)), *[c for c in columns if not c.isdigit()]]
     if "MLP" in columns and len(columns) > 1:
         columns.insert(columns.index("MLP"), " ")  # a gap before the MLPs
     layers = list(range(int(table["layer"].max()), -1, -1))
-    limit = scale_limit(table)
     shades = alt.Scale(
         domain=list(np.linspace(-limit, limit, len(DIVERGING))), range=DIVERGING, clamp=True, interpolate="rgb"
     )
@@ -128,7 +129,7 @@ def heatmap(table: pd.DataFrame, unit: str) -> Chart:
     outline = base.transform_filter("datum.member == 'yes'").mark_rect(fillOpacity=0, stroke=INK, strokeWidth=1.6)
     chart = alt.layer(base.mark_rect().encode(color=color), outline)
     chart = chart.properties(width="container", height=step * len(layers))
-    return Chart(_spec(chart), f"Scores of {len(table)} parts by layer and head", "Every head and MLP")
+    return Chart(_spec(chart), f"Scores of {len(table)} parts by layer and head", caption)
 
 
 def top_parts(scores: pd.DataFrame, members: Mapping[str, Any], unit: str, k: int = 24) -> Chart:

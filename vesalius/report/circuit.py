@@ -134,7 +134,10 @@ def _map(scores: pd.DataFrame | None, members: dict[str, Any], unit: str) -> Sec
     missing = int(scores["score"].isna().sum())
     if missing:
         remarks.append(f"{count(missing, 'part')} without a score.")
-    maps = [charts.heatmap(part, unit) for _, part in grid.groupby("stack", sort=True)]
+    stacks = {"enc": "Encoder", "dec": "Decoder (X: cross-attention)", "": "Every head and MLP"}
+    maps = [
+        charts.heatmap(grid[grid["stack"] == s], unit, limit, c) for s, c in stacks.items() if s in set(grid["stack"])
+    ]
     blocks = [*maps, charts.top_parts(scores, members, unit)]
     layout = "pair" if len(maps) == 1 else "even"
     return Section(title, blocks, _read_map(scores, members), layout=layout, remarks=remarks)

@@ -213,9 +213,9 @@ def _nodes(known: Mapping[Part, Mapping[str, Any]], spots: Mapping[Part, _Spot],
             f'<g class="node{heavy}" data-part="{escape(p)}"><title>{escape(", ".join(t for t in told if t))}</title>'
         )
         if p.layer is None:
-            name = ("embed" if p.kind == "embed" else "logits") if not p.stack else str(p)
+            name = (f"{p.stack}. " if p.stack else "") + ("embed" if p.kind == "embed" else "logits")
             out.append(
-                f'<rect class="end" x="{s.x - 44:.1f}" y="{s.y - 13:.1f}" width="88" height="26" rx="4"/>'
+                f'<rect class="end" x="{s.x - 48:.1f}" y="{s.y - 13:.1f}" width="96" height="26" rx="4"/>'
                 f'<text x="{s.x:.1f}" y="{s.y + 4.5:.1f}" text-anchor="middle" font-size="13">{escape(name)}</text></g>'
             )
             continue

@@ -1,0 +1,5 @@
+"""The command line: `vesalius --help`."""
+
+from vesalius.cli.app import main
+
+__all__ = ["main"]
