@@ -36,7 +36,13 @@ def check(
     screen = Screen(as_json)
     set_threads(threads)
     opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
-    request = {"command": "check", "model": model, "model_fingerprint": opened.fingerprint, "seed": seed, "dtype": dtype}
+    request = {
+        "command": "check",
+        "model": model,
+        "model_fingerprint": opened.fingerprint,
+        "seed": seed,
+        "dtype": dtype,
+    }
     with Run.start(request, out, fresh=True) as run:
         with screen.step("checking") as progress:
             found = run_checks(opened, seed=seed, progress=progress)
@@ -44,7 +50,16 @@ def check(
         run.save_table("checks", frame)
         usable = {kind: {"usable": bool(ok), "reason": why} for kind, (ok, why) in found.usable().items()}
         run.save_json("summary", {"model": opened.name, "ok": found.ok, "usable": usable})
-    words = [f"{kind}: {'usable' if u['usable'] else 'NOT usable'}{' (' + u['reason'] + ')' if u['reason'] else ''}" for kind, u in usable.items()]
-    screen.show({"model": opened.name, "ok": found.ok, "checks": frame.to_dict("records"), "usable": usable}, repr(opened), frame, "", *words)
+    words = [
+        f"{kind}: {'usable' if u['usable'] else 'NOT usable'}{' (' + u['reason'] + ')' if u['reason'] else ''}"
+        for kind, u in usable.items()
+    ]
+    screen.show(
+        {"model": opened.name, "ok": found.ok, "checks": frame.to_dict("records"), "usable": usable},
+        repr(opened),
+        frame,
+        "",
+        *words,
+    )
     if not found.ok:
         raise typer.Exit(1)

@@ -51,19 +51,29 @@ def register(app: typer.Typer) -> None:
 def circuit(
     model: o.ModelName = o.MODEL_DEFAULT,
     task: o.TaskName = "ioi",
-    method: Annotated[str, typer.Option("--method", help="How parts are scored (see `vesalius methods`).")] = "activation-patching",
+    method: Annotated[
+        str, typer.Option("--method", help="How parts are scored (see `vesalius methods`).")
+    ] = "activation-patching",
     level: Annotated[str, typer.Option("--level", help="node (heads and MLPs) or edge; acdc is always edge.")] = "node",
     n: o.Number = None,
-    prove_n: Annotated[int | None, typer.Option("--prove-n", help="Held-out prompts to prove with; default as many.")] = None,
+    prove_n: Annotated[
+        int | None, typer.Option("--prove-n", help="Held-out prompts to prove with; default as many.")
+    ] = None,
     target: Annotated[float, typer.Option(help="Faithfulness the circuit must reach on the finding prompts.")] = 0.85,
     max_heads: Annotated[float, typer.Option(help="Largest share of the model's heads in the circuit.")] = 0.25,
-    ablations: Annotated[str, typer.Option(help="What stands for the rest: counterfactual, mean, resample, zero.")] = "counterfactual,mean",
+    ablations: Annotated[
+        str, typer.Option(help="What stands for the rest: counterfactual, mean, resample, zero.")
+    ] = "counterfactual,mean",
     compare: Annotated[str | None, typer.Option(help="Methods to set against exact patching; 'none' for none.")] = None,
     direction: Annotated[str | None, typer.Option(help="denoise or noise, for methods that have directions.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of integrated gradients (eap-ig).")] = None,
-    budget: Annotated[int | None, typer.Option(help="Verify at most this many parts exactly; a gradient screen chooses.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="Verify at most this many parts exactly; a gradient screen chooses.")
+    ] = None,
     position: Annotated[str | None, typer.Option(help="Intervene at this named position alone.")] = None,
-    method_set: Annotated[list[str] | None, typer.Option("--method-set", help="KEY=VALUE: another parameter of the method.")] = None,
+    method_set: Annotated[
+        list[str] | None, typer.Option("--method-set", help="KEY=VALUE: another parameter of the method.")
+    ] = None,
     task_set: o.TaskSet = None,
     min_accuracy: Annotated[float, typer.Option(help="Below this accuracy the command stops unless --anyway.")] = 0.7,
     anyway: Annotated[bool, typer.Option("--anyway", help="Go on although the model cannot do the task.")] = False,
@@ -123,18 +133,28 @@ def circuit(
     command = "vesalius " + shlex.join(sys.argv[1:])
     with Run.start({"command": "circuit", **request.model_dump()}, out, fresh, command) as run:
         if not run.done:
-            _Study(screen, run, request, opened, finding, pairs, proving, held_out, memory, anyway, min_accuracy).go(command)
+            _Study(screen, run, request, opened, finding, pairs, proving, held_out, memory, anyway, min_accuracy).go(
+                command
+            )
         _show(screen, run)
 
 
 def _method_options(
-    method: str, level: str, direction: str | None, steps: int | None, budget: int | None, position: str | None, more: list[str] | None
+    method: str,
+    level: str,
+    direction: str | None,
+    steps: int | None,
+    budget: int | None,
+    position: str | None,
+    more: list[str] | None,
 ) -> dict[str, Any]:
     known = parameters(method)
     if level not in ("node", "edge"):
         raise UnknownName("level", level, ("node", "edge"))
     given = {"direction": direction, "steps": steps, "budget": budget, "position": position}
     found = {k: v for k, v in given.items() if v is not None}
+    if method == "activation-patching":
+        found.setdefault("direction", "noise")  # what the whole model loses without a part: what a circuit must keep
     for name in found:
         if name not in known:
             able = [e.name for e in METHODS if name in parameters(e.name)]
@@ -167,7 +187,18 @@ class _Study:
     """The steps of a circuit run, each stored as soon as it is done."""
 
     def __init__(
-        self, screen: Screen, run: Run, request: CircuitRequest, model: Any, task: Any, pairs: Any, proving: Any, held_out: Any, memory: float, anyway: bool, min_accuracy: float
+        self,
+        screen: Screen,
+        run: Run,
+        request: CircuitRequest,
+        model: Any,
+        task: Any,
+        pairs: Any,
+        proving: Any,
+        held_out: Any,
+        memory: float,
+        anyway: bool,
+        min_accuracy: float,
     ) -> None:
         self.screen, self.run, self.request, self.model = screen, run, request, model
         self.task, self.pairs, self.proving, self.held_out = task, pairs, proving, held_out
@@ -251,7 +282,13 @@ class _Study:
         rows = []
         for method in self.request.compare:
             name = f"scores-{method}"
-            other = self.score(method, name, {"direction": self.request.options.get("direction", "denoise")} if "direction" in parameters(method) else {})
+            other = self.score(
+                method,
+                name,
+                {"direction": self.request.options.get("direction", "denoise")}
+                if "direction" in parameters(method)
+                else {},
+            )
             for kind in ("head", "mlp"):
                 a, b = scores.kind(kind), other.kind(kind)
                 rows.append(
@@ -308,11 +345,19 @@ class _Study:
         self.run.save_json(
             "examples",
             [
-                {"clean": e.clean, "corrupted": e.corrupted, "answer": list(e.answer), "wrong": list(e.wrong), "logit_diff": None}
+                {
+                    "clean": e.clean,
+                    "corrupted": e.corrupted,
+                    "answer": list(e.answer),
+                    "wrong": list(e.wrong),
+                    "logit_diff": None,
+                }
                 for e in examples[:5]
             ],
         )
-        top = [p for p in scores.top(len(scores)).parts if getattr(p, "kind", "") == "head" and not p.side][:PATTERN_HEADS]  # type: ignore[union-attr]
+        top = [p for p in scores.top(len(scores)).parts if getattr(p, "kind", "") == "head" and not p.side][
+            :PATTERN_HEADS
+        ]  # type: ignore[union-attr]
         top = top or circuit.heads[:PATTERN_HEADS]
         if self.model.kind == "encoder-decoder" or not top:
             return
@@ -328,10 +373,11 @@ class _Study:
         self.run.save_table("proof", proof.summary())
         if len(proof.completeness):
             shown = proof.completeness[proof.completeness["ablation"] == main]
-            self.run.save_table("completeness", shown.rename(columns={"removed": "subset", "circuit_without": "circuit", "model_without": "model"}))
-        from vesalius.prove.roles import label
-
-        labels = label(self.model, self.pairs, circuit.heads) if circuit.heads else {}
+            self.run.save_table(
+                "completeness",
+                shown.rename(columns={"removed": "subset", "circuit_without": "circuit", "model_without": "model"}),
+            )
+        labels = self.roles(circuit)
         frame = circuit.to_frame()
         if circuit.edges is None:
             parts = [{"part": r.part, "score": r.score, "role": labels.get(r.part)} for r in frame.itertuples()]
@@ -341,7 +387,11 @@ class _Study:
             edges = [{"sender": r.sender, "receiver": r.receiver, "score": r.score} for r in frame.itertuples()]
         self.run.save_json("circuit", {"parts": parts, "edges": edges})
         circuit.save(self.run.folder / "vesalius-circuit.json")
-        point, areas_v, areas_m = proof.faithfulness[main], proof.areas.get((main, "value")), proof.areas.get((main, "magnitude"))
+        point, areas_v, areas_m = (
+            proof.faithfulness[main],
+            proof.areas.get((main, "value")),
+            proof.areas.get((main, "magnitude")),
+        )
         fractions = circuit.fractions()
         total = {"heads": len(self.model.parts(("head", "xhead"))), "mlps": len(self.model.parts(("mlp",)))}
         size = {"heads": len(circuit.heads), "mlps": len(circuit.mlps)}
@@ -368,6 +418,17 @@ class _Study:
         }  # fmt: skip
         self.run.save_json("summary", summary)
 
+    def roles(self, circuit: Any) -> dict[str, str]:
+        """Roles of the circuit's heads where they can be measured; a note where not."""
+        from vesalius.prove.roles import roles
+
+        try:
+            found = roles(self.model, self.pairs, parts=circuit.heads, seed=self.request.seed)
+        except VesaliusError as error:
+            self.notes.append(f"roles of heads were not measured: {error}")
+            return {}
+        return {str(p): found[p] for p in circuit.heads if found[p]}
+
 
 def attention_patterns(model: Any, pairs: Any, heads: list[Any]) -> list[dict[str, Any]]:
     """Attention patterns of some heads on the first clean prompt, padding left out."""
@@ -380,7 +441,9 @@ def attention_patterns(model: Any, pairs: Any, heads: list[Any]) -> list[dict[st
     found = []
     for head in heads:
         pattern = run["pattern", head.layer][0, head.index][keep][:, keep]
-        found.append({"part": str(head), "tokens": tokens, "pattern": np.round(pattern.float().cpu().numpy(), 4).tolist()})
+        found.append(
+            {"part": str(head), "tokens": tokens, "pattern": np.round(pattern.float().cpu().numpy(), 4).tolist()}
+        )
     return found
 
 

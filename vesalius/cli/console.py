@@ -35,7 +35,13 @@ class Screen:
     def step(self, name: str) -> Iterator[Callable[..., None]]:
         """A long step: yields a callback that takes (done, total) or (message, fraction)."""
         began = time.monotonic()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.err, transient=True, disable=not self.err.is_terminal) as bar:
             task = bar.add_task(name, total=None)
 

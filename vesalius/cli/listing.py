@@ -114,7 +114,9 @@ def report(
 
     found = find_run(run, [out or DEFAULT_ROOT])
     if not found.has("summary"):
-        raise VesaliusError(f"{found.folder} has no summary yet (it is {found.state}); run its command again to finish it")
+        raise VesaliusError(
+            f"{found.folder} has no summary yet (it is {found.state}); run its command again to finish it"
+        )
     path = Path(draw(found))
     Screen(as_json).show({"run": str(found.folder), "report": str(path)}, str(path))
     if show:

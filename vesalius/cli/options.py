@@ -14,7 +14,9 @@ ModelName = Annotated[
     str,
     typer.Option("--model", "-m", help="Short name, hub name, folder, .gguf file or wheel: (see `vesalius models`)."),
 ]
-TaskName = Annotated[str, typer.Option("--task", "-t", help="A task's name, or a .jsonl/.csv file of your own prompts.")]
+TaskName = Annotated[
+    str, typer.Option("--task", "-t", help="A task's name, or a .jsonl/.csv file of your own prompts.")
+]
 Number = Annotated[int | None, typer.Option("--n", help="Prompts to find with; default 32, or half of a file's rows.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder that holds the runs; default ./runs.")]
@@ -26,7 +28,9 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 Memory = Annotated[float, typer.Option("--memory", help="Working memory for batches of interventions, GiB.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; default: the cores available.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget an earlier run of the same request.")]
-TaskSet = Annotated[list[str] | None, typer.Option("--task-set", help="KEY=VALUE: a parameter of the task (repeatable).")]
+TaskSet = Annotated[
+    list[str] | None, typer.Option("--task-set", help="KEY=VALUE: a parameter of the task (repeatable).")
+]
 
 MODEL_DEFAULT = DEFAULT_MODEL
 MEMORY_DEFAULT = DEFAULT_MEMORY_GB

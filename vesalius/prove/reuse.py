@@ -6,7 +6,9 @@ first two tasks of one model: the transplant (`vesalius.prove.transplant`). Meru
 
 Why a fixed share and not the smallest faithful circuit: the second task of a transplant is one the model does badly, so
 that there is no behaviour to be faithful to; and circuits of one size are easily compared. The paper keeps the top 2 %
-of heads in each of four stages of path patching, 8 % in all; here the top 10 % by exact activation patching.
+of heads in each of four stages of path patching and all MLPs; here it is a quarter of the heads and MLPs by exact
+activation patching, about the size at which IOI in SmolLM2-135M becomes faithful (docs/results/reuse.md). Parts that
+work against the answer belong to the circuit, so that the ranking is by magnitude.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from vesalius.prove.transplant import MOST, MOVER_ROLES, Transplant, donors, tra
 from vesalius.scores import Scores
 from vesalius.tasks.performance import Performance, performance
 
-SHARE = 0.1  # of the heads and MLPs
+SHARE = 0.25  # of the heads and MLPs
 CONTROLS = 5  # random circuits beside each
 HELD_OUT = 200  # prompts for the transplant
 
@@ -45,8 +47,7 @@ HELD_OUT = 200  # prompts for the transplant
 class Splittable(Protocol):
     """A task that can give other prompts of its kind; `vesalius.task` makes them."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
     def pairs(self, model: Model) -> Pairs: ...
 
@@ -138,7 +139,10 @@ class Reuse:
             a, b = self.items[i], self.items[j]
             for row in found.to_frame().to_dict("records"):
                 kind = str(row["kind"])
-                r = _correlation(a.scores, b.scores, kind, "pearson"), _correlation(a.scores, b.scores, kind, "spearman")
+                r = (
+                    _correlation(a.scores, b.scores, kind, "pearson"),
+                    _correlation(a.scores, b.scores, kind, "spearman"),
+                )
                 rows.append({"a": a.name, "b": b.name, **row, "pearson": r[0], "spearman": r[1]})
                 rows[-1]["p_layer"] = self.info.get("p_layer", {}).get(f"{i}-{j}", {}).get(kind, np.nan)
         columns = ["a", "b", "kind", "shared", "size_a", "size_b", "jaccard", "of_a", "of_b", "chance_shared"]
@@ -151,7 +155,10 @@ class Reuse:
         rows = []
         for part in everything:
             users = [i.name for i in self.items if part in i.circuit.nodes]
-            row: dict[str, Any] = {"part": str(part), "where": "shared" if len(users) == len(self.items) else ", ".join(users)}
+            row: dict[str, Any] = {
+                "part": str(part),
+                "where": "shared" if len(users) == len(self.items) else ", ".join(users),
+            }
             for i in self.items:
                 inside = part in i.circuit.nodes
                 row[f"{i.name}: role"] = i.role(part) if inside else ""
@@ -174,7 +181,7 @@ class Reuse:
         return pd.DataFrame(rows)
 
     def transplant_frame(self) -> pd.DataFrame | None:
-        """condition (before, after, random), metric, value, low, high, draw; None without a transplant."""
+        """The transplant: condition (before, after, random), metric, value, low, high, draw; None without a transplant."""
         return None if self.transplant is None else self.transplant.to_frame()
 
     def summary(self) -> dict[str, Any]:
@@ -202,7 +209,11 @@ class Reuse:
 
     def tables(self) -> dict[str, Any]:
         """Everything the report reads, by name: frames to store as tables, the rest as JSON."""
-        found: dict[str, Any] = {"summary": self.summary(), "overlap": self.overlap_frame(), "parts": self.parts_frame()}
+        found: dict[str, Any] = {
+            "summary": self.summary(),
+            "overlap": self.overlap_frame(),
+            "parts": self.parts_frame(),
+        }
         for i, item in enumerate(self.items):
             found[f"circuit_{i}"] = item.members()
             found[f"scores_{i}"] = item.scores.to_frame()
@@ -271,7 +282,9 @@ def reuse(
     models = [model] if isinstance(model, Model) else list(model)
     wanted = list(tasks) if isinstance(tasks, Sequence) else [tasks]
     if len(models) > 1 and len(wanted) > 1:
-        raise VesaliusError(f"{len(wanted)} tasks in {len(models)} models; compare tasks in one model, or models on one")
+        raise VesaliusError(
+            f"{len(wanted)} tasks in {len(models)} models; compare tasks in one model, or models on one"
+        )
     pairs_of = [(m, t) for m in models for t in wanted]
     if len(pairs_of) < 2:
         raise VesaliusError("one circuit has nothing to be compared with; give two tasks, or two models")
@@ -287,9 +300,7 @@ def reuse(
     items = []
     for number, ((m, t), name) in enumerate(zip(pairs_of, names, strict=True)):
         kept = None if store is None else _Prefixed(store, f"{number}:")
-        items.append(
-            _item(m, t, name, method, chosen, share, target, with_roles, seed, memory_gb, report, kept, notes)
-        )
+        items.append(_item(m, t, name, method, chosen, share, target, with_roles, seed, memory_gb, report, kept, notes))
     overlaps, by_layer = _overlaps(items, [m for m, _ in pairs_of], seed, notes)
     moved = None
     if with_transplant and len(models) == 1:
@@ -345,9 +356,7 @@ def _item(
     finding, proving = task.pairs(model), task.held_out().pairs(model)
     does = performance(model, proving)
     label = f"{name}: {method}"
-    scores = find(
-        method, model, finding, seed=seed, memory_gb=memory_gb, progress=stage(label), store=store, **options
-    )
+    scores = find(method, model, finding, seed=seed, memory_gb=memory_gb, progress=stage(label), store=store, **options)
     scores.info["task"] = task.name
     parts = model.parts(("head", "xhead", "mlp"))
     ranked = scores.select([i for i, p in enumerate(scores.parts) if p in set(parts)])
@@ -386,7 +395,7 @@ def _item(
         "mlps": sum(p.kind == "mlp" for p in parts),
         "layers": model.n_layers,
     }
-    random = point.values[1:] if faith is not None else np.empty(0)
+    random = np.asarray(point.values[1:] if faith is not None else [], dtype=np.float64)
     return Item(name, model.name, task.name, scores, circuit, found, does, faith, random, total)
 
 
@@ -398,7 +407,9 @@ def _overlaps(
     for i, j in combinations(range(len(items)), 2):
         a, b = items[i].circuit.universe, items[j].circuit.universe
         if a is None or b is None:
-            notes.append(f"{items[i].name} and {items[j].name}: no overlap, parts of these models do not form one stream")
+            notes.append(
+                f"{items[i].name} and {items[j].name}: no overlap, parts of these models do not form one stream"
+            )
             continue
         if a != b:
             notes.append(

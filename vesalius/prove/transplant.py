@@ -325,7 +325,10 @@ def transplant(
     if most < 1 or draws < 0 or chosen_draws < 0:
         raise VesaliusError(f"most={most}, draws={draws}, chosen_draws={chosen_draws}: most is at least 1, draws 0")
     movers = [m for m in movers if m not in heads]
-    report = (lambda name: stage(name)) if stage else (lambda name: None)
+
+    def report(name: str) -> Progress | None:
+        return stage(name) if stage else None
+
     dev = Bench(model, development, (), memory_gb, report("transplant: development prompts"))
     order = choose(dev, heads, most, look) if greedy else heads[:most]
     picked, on_dev = best_prefix(dev, order, look)
@@ -347,7 +350,7 @@ def transplant(
     every = held.run([*prefixes, *random, *alike], look)
 
     def part(lo: int, hi: int) -> Outcome:
-        return Outcome(*(x[lo:hi] for x in every))
+        return Outcome(every.preferred[lo:hi], every.metric[lo:hi], every.to_right[lo:hi], every.to_wrong[lo:hi])
 
     k, at = len(picked), len(prefixes)
     reachable = [m for m in movers if (m.layer or 0) > min(h.layer or 0 for h in picked)]

@@ -20,7 +20,7 @@ def ioi(
     words: Words,
     rng: random.Random,
     order: Literal["both", "abba", "baba"] = "both",
-    corruption: Literal["abc", "swap"] = "abc",
+    corruption: Literal["abc", "swap"] = "swap",
 ) -> Iterator[Example]:
     """Prompts with two people, one of whom is named again.
 
