@@ -138,7 +138,7 @@ def test_ioi_swap_differs_in_the_second_subject_only(causal_tokenizer: Any) -> N
 
 def test_ioi_abc_has_three_fresh_names_and_nothing_else_changed(splitting: Any) -> None:
     names = set(wordlist("names"))
-    t = task("ioi", n=60)
+    t = task("ioi", n=60, corruption="abc")
     for e in t.examples(splitting):
         old, new = ([w for w in re.findall(r"[A-Z][a-z]+", x) if w in names] for x in (e.clean, e.corrupted))
         assert len(set(new)) == 3 and not set(old) & set(new)

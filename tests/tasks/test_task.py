@@ -55,8 +55,8 @@ def test_asking_for_more_than_exist_says_how_many_do(splitting: Any) -> None:
 
 
 def test_defaults_written_out_are_the_same_request() -> None:
-    assert task("ioi").fingerprint == task("ioi", order="both", corruption="abc").fingerprint
-    assert task("ioi").fingerprint != task("ioi", corruption="swap").fingerprint
+    assert task("ioi").fingerprint == task("ioi", order="both", corruption="swap").fingerprint
+    assert task("ioi").fingerprint != task("ioi", corruption="abc").fingerprint
     assert task("ioi").fingerprint != task("ioi", metric="log-prob").fingerprint
     assert task("induction", length="9").params == {"length": 9, "corruption": "first"}  # text from a command line
 
@@ -139,6 +139,6 @@ def test_it_shows_itself(splitting: Any) -> None:
     assert "drawn when a model is given" in t._repr_html_()
     e = t.examples(splitting)[0]
     assert e.clean in t._repr_html_() and "<th" in t._repr_html_()
-    assert repr(t) == "Task(ioi: n=8, seed=0, find, logit-diff, order='both', corruption='abc')"
+    assert repr(t) == "Task(ioi: n=8, seed=0, find, logit-diff, order='both', corruption='swap')"
     told = t.describe(opened(splitting))
     assert told["examples"] == 8 and told["paper"] == "arXiv 2211.00593" and told["skipped"] == {}

@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from vesalius.errors import VesaliusError
+from vesalius.errors import TaskError, VesaliusError
 from vesalius.find import find
 from vesalius.find.base import METHODS, parameters
 from vesalius.model import Model, Pairs
@@ -52,6 +53,8 @@ class Splittable(Protocol):
     def pairs(self, model: Model) -> Pairs: ...
 
     def held_out(self, n: int | None = None) -> Splittable: ...
+
+    def halves(self) -> tuple[Splittable, Splittable]: ...
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ class Reuse:
         return pd.DataFrame(rows)
 
     def transplant_frame(self) -> pd.DataFrame | None:
-        """The transplant: condition (before, after, random), metric, value, low, high, draw; None without a transplant."""
+        """The transplant's numbers (condition, metric, value, low, high, draw), or None without one."""
         return None if self.transplant is None else self.transplant.to_frame()
 
     def summary(self) -> dict[str, Any]:
@@ -288,7 +291,7 @@ def reuse(
     pairs_of = [(m, t) for m in models for t in wanted]
     if len(pairs_of) < 2:
         raise VesaliusError("one circuit has nothing to be compared with; give two tasks, or two models")
-    names = _names([m.name for m in models] if len(models) > 1 else [t.name for t in wanted])
+    names = _names([m.name for m in models] if len(models) > 1 else [_short(t.name) for t in wanted])
     chosen = dict(options or {})
     if "direction" in parameters(method) and method == "activation-patching":
         chosen.setdefault("direction", "noise")
@@ -333,6 +336,11 @@ class _Prefixed:
         self.store.put(self.prefix + key, values)
 
 
+def _short(task: str) -> str:
+    """A user's file by its stem, so that tables stay readable; a registered task by its name."""
+    return Path(task).stem if Path(task).suffix else task
+
+
 def _names(names: Sequence[str]) -> list[str]:
     """The same, numbered where they repeat."""
     return [n if names.count(n) == 1 else f"{n} ({names[:i].count(n) + 1})" for i, n in enumerate(names)]
@@ -353,7 +361,7 @@ def _item(
     store: Store | None,
     notes: list[str],
 ) -> Item:
-    finding, proving = task.pairs(model), task.held_out().pairs(model)
+    finding, proving = (half.pairs(model) for half in task.halves())
     does = performance(model, proving)
     label = f"{name}: {method}"
     scores = find(method, model, finding, seed=seed, memory_gb=memory_gb, progress=stage(label), store=store, **options)
@@ -449,11 +457,16 @@ def _transplant(
         notes.append(f"no transplant: {source.name} has no inhibition head, suppressor or negative mover to make act")
         return None
     movers = source.roles.heads(*MOVER_ROLES)
+    development, rest = tasks[1].halves()
+    try:
+        rest = development.held_out(held_out)
+    except TaskError:
+        notes.append(f"transplant: {target.name} has fewer than {held_out} prompts left; all that are left are used")
     try:
         found = transplant(
             model,
-            tasks[1],
-            tasks[1].held_out(held_out),
+            development,
+            rest,
             candidates,
             movers=movers,
             most=most,
