@@ -70,7 +70,7 @@ class Registry(Generic[T]):
         if isinstance(target, str):
             module, attribute = target.split(":")
             target = getattr(importlib.import_module(module), attribute)
-        return target  # type: ignore[no-any-return]
+        return target
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

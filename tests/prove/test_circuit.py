@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from vesalius.errors import PartError, VesaliusError
-from vesalius.parts import Edge, Part, parse
 from vesalius.model.graph import EdgeList, Universe
+from vesalius.parts import Edge, Part, parse
 from vesalius.prove.circuit import Circuit, choose, grow, random_circuit
 from vesalius.scores import Scores
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from vesalius.errors import VesaliusError
-from vesalius.parts import Part
 from vesalius.model.graph import Universe
+from vesalius.parts import Part
 from vesalius.prove.circuit import Circuit, grow, random_circuit
 from vesalius.prove.mib import from_circuit, from_scores, read, write
 from vesalius.scores import Scores

@@ -10,8 +10,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from vesalius.errors import PartError, VesaliusError
-from vesalius.parts import Edge, Part, parse
 from vesalius.model.graph import Universe
+from vesalius.parts import Edge, Part, parse
 from vesalius.prove.circuit import Circuit, grow, random_circuit
 from vesalius.prove.overlap import node_auroc, overlap, precision_recall
 from vesalius.scores import Scores

@@ -56,7 +56,9 @@ def test_the_transplant_goes_from_the_first_task_to_the_second(repaired: Reuse) 
 
 
 def test_the_report_draws_all_of_it(repaired: Reuse, tmp_path: Path) -> None:
-    with Run.start({"command": "reuse", "tasks": ["who-stayed", "ioi"]}, tmp_path, command_line="vesalius reuse") as run:
+    with Run.start(
+        {"command": "reuse", "tasks": ["who-stayed", "ioi"]}, tmp_path, command_line="vesalius reuse"
+    ) as run:
         for name, value in repaired.tables().items():
             if isinstance(value, dict):
                 run.save_json(name, value)
@@ -109,8 +111,12 @@ def test_several_models_on_one_task(tmp_path: Path) -> None:
     found = reuse([one.model, two.model], task, share=SHARE)
     assert [i.name for i in found.items] == ["name-mover (1)", "name-mover (2)"]
     by_hand = overlap(found.items[0].circuit, found.items[1].circuit, found.items[0].circuit.universe, match="kind")  # type: ignore[arg-type]
-    assert found.overlaps[0, 1].total.shared == by_hand.total.shared == len(set(one.roles["ioi"]) & set(two.roles["ioi"]))
-    assert any("trained from the other" in n for n in found.notes) and any("two tasks in one model" in n for n in found.notes)
+    assert (
+        found.overlaps[0, 1].total.shared == by_hand.total.shared == len(set(one.roles["ioi"]) & set(two.roles["ioi"]))
+    )
+    assert any("trained from the other" in n for n in found.notes) and any(
+        "two tasks in one model" in n for n in found.notes
+    )
     assert [i.summary()["roles"] for i in found.items] == [{"duplicate-token": 1, "mover": 1, "inhibition": 1}] * 2
     depth = found.depth_frame()
     assert depth.groupby("name")["heads"].sum().tolist() == [3, 3]

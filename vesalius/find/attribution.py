@@ -12,6 +12,8 @@ Positive where the part helps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -108,7 +110,7 @@ def _attribute(
     rules: Rules | None,
     parts: str,
     position: str | None,
-    **info: object,
+    **info: Any,
 ) -> Scores:
     if context.level == "edge":
         return _edges(model, pairs, context, side, steps, rules, **info)
@@ -143,12 +145,12 @@ def _attribute(
         if context.progress:
             context.progress(number + 1, len(groups))
     labels = None if places is None else [name for _ in chosen for name, _ in places]
-    named = [p for p in chosen for _ in (places or [None])]
+    named = [p for p in chosen for _ in range(1 if places is None else len(places))]
     return table(named, np.concatenate(pieces, axis=1), labels, **info)
 
 
 def _edges(
-    model: Model, pairs: Pairs, context: Context, side: Side, steps: int, rules: Rules | None, **info: object
+    model: Model, pairs: Pairs, context: Context, side: Side, steps: int, rules: Rules | None, **info: Any
 ) -> Scores:
     universe = universe_of(model)
     groups = pairs.batches(BATCH)

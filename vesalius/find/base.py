@@ -52,7 +52,7 @@ METHODS.add(
     "attribution-patching",
     "vesalius.find.attribution:attribution_patching",
     "first-order estimate of activation patching: one backward pass",
-    "Nanda 2023, neelnanda.io/mechanistic-interpretability/attribution-patching; Kramár et al. 2024, arXiv 2403.00745, eq. 4",
+    "Nanda 2023, neelnanda.io/mechanistic-interpretability/attribution-patching; Kramár et al. 2024 (arXiv 2403.00745)",
     levels=("node", "edge"),
 )
 METHODS.add(

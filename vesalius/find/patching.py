@@ -12,7 +12,7 @@ exactly, and a random sample of the rest is verified too: what was missed is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from vesalius.errors import VesaliusError
 from vesalius.find.base import Context, Direction, base_side, resolve_positions, table
-from vesalius.model import Intervention, Model, Pairs, Site
+from vesalius.model import Intervention, Model, Pairs
 from vesalius.model.edges import EdgeRun, write_sites, writes
 from vesalius.model.graph import universe_of
 from vesalius.model.intervene import Ablation, locate, sites_of
+from vesalius.model.reference import Reference
 from vesalius.model.sweep import BATCH, Recording, activations, record, sweep
 from vesalius.parts import Part
 from vesalius.scores import Scores
@@ -83,12 +84,8 @@ def _exact(
 ) -> tuple[NDArray[np.float64], list[str] | None, list[Part]]:
     """Scores (part x place, example), with the labels of places and the parts of rows."""
     base = base_side(direction)
-    means = None if ablation not in ("mean", "resample") else _reference(model, pairs, parts, base)
-    row_of = {}
-    if places is not None:
-        for name, _ in places:
-            row_of[name] = len(row_of)
-    offset = [0]
+    other = "corrupted" if base == "clean" else "clean"
+    reference = Reference(model, pairs, other, sites_of(parts)) if ablation in ("mean", "resample") else None
 
     def variants(recording: Recording) -> list[list[Intervention]]:
         group = recording.pairs
@@ -98,22 +95,15 @@ def _exact(
                 (name, group.positions.get(name, torch.full((group.n_rows,), int(name) if name.isdigit() else -1)))
                 for name, _ in places
             ]
+        values = recording.source
+        if reference is not None:
+            mean = ablation == "mean"
+            values = reference.means(group) if mean else reference.resamples(group, context.seed, recording.first_row)
         found = []
         for part in parts:
             where = locate(part)
-            if ablation == "zero":
-                value: torch.Tensor | float = 0.0
-            elif means is not None:
-                value = where.read(means[where.site])
-                if ablation == "mean":
-                    value = value.mean(0, keepdim=True)
-                else:
-                    rows = torch.arange(offset[0], offset[0] + group.n_rows)
-                    value = value[(rows + 1 + context.seed) % len(value)]
-            else:
-                value = where.read(recording.source[where.site])
+            value = 0.0 if ablation == "zero" else where.read(values[where.site])
             found += [[Intervention(part, value=value, positions=p)] for _, p in here]
-        offset[0] += group.n_rows
         return found
 
     result = sweep(
@@ -124,24 +114,14 @@ def _exact(
         capture=sites_of(parts) if ablation == "counterfactual" else (),
         paired=ablation == "counterfactual",
         memory_gb=context.memory_gb,
-        batch=BATCH if means is None else pairs.n_examples,
         progress=context.progress,
         store=context.store,
         key=f"{key}:{ablation}",
     )
     change = result.values - result.base
     labels = None if places is None else [name for _ in parts for name, _ in places]
-    named = [p for p in parts for _ in (places or [None])]
+    named = [p for p in parts for _ in range(1 if places is None else len(places))]
     return (change if direction == "denoise" else -change), labels, named
-
-
-def _reference(model: Model, pairs: Pairs, parts: Sequence[Part], base: str) -> Mapping[Site, torch.Tensor]:
-    """Activations over all counterfactual prompts, for means and resampling; prompts must have one length."""
-    if bool((pairs.mask == 0).any()):
-        raise VesaliusError("mean and resample ablation need prompts of one length; use ablation 'counterfactual'")
-    ids = pairs.corrupted if base == "clean" else pairs.clean
-    pieces = [model.run(ids[i : i + BATCH], capture=sites_of(parts)).sites for i in range(0, len(ids), BATCH)]
-    return {site: torch.cat([piece[site] for piece in pieces]) for site in pieces[0]}
 
 
 def _screened(
@@ -222,11 +202,11 @@ def _edges(
     universe = universe_of(model)
     edges = universe.edges
     estimate: NDArray[np.float64] | None = None
-    todo, sample = list(range(len(edges))), []
+    todo = list(range(len(edges)))
+    sample: list[int] = []
     if budget is not None and budget < len(edges):
         scored = METHODS.get(screen)(model, pairs, Context("edge", context.seed), direction=direction)
-        assert scored.per_example is not None
-        estimate = scored.per_example
+        estimate = np.asarray(scored.per_example, dtype=np.float64)
         chosen, sample = choose(np.abs(estimate.mean(1)), budget, context.seed)
         todo = sorted([*chosen, *sample])
     base = base_side(direction)

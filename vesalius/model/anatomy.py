@@ -112,7 +112,7 @@ def _find(root: nn.Module, path: str | None) -> nn.Module | None:
                 break
             node = node[int(name)] if name.lstrip("-").isdigit() else getattr(node, name, None)
         if node is not None:
-            return node  # type: ignore[no-any-return]
+            return node
     if optional:
         return None
     raise ModelError(f"{type(root).__name__} has no module '{path}'; its family file does not fit this model")
@@ -133,6 +133,7 @@ def matrix(module: nn.Module) -> Tensor:
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
+    """A module's bias, or None."""
     bias = getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None
 
@@ -288,7 +289,7 @@ class Anatomy:
                     found += [Part("neuron", layer, i, stack=prefix) for i in range(self.d_mlp)]
                 for kind in ("attn", "mlp", "resid_pre", "resid_mid", "resid_post"):
                     if kind in kinds and not (kind == "resid_mid" and self.parallel):
-                        found.append(Part(kind, layer, stack=prefix))  # type: ignore[arg-type]
+                        found.append(Part(kind, layer, stack=prefix))
             if "embed" in kinds:
                 found.append(Part("embed", stack=prefix))
         if "unembed" in kinds:
@@ -366,7 +367,7 @@ def _read_stack(hf: PreTrainedModel, family: FamilySpec, spec: StackSpec, post_n
         return found
 
     blocks = []
-    for layer, module in enumerate(need(hf, spec.blocks)):  # type: ignore[arg-type]
+    for layer, module in enumerate(need(hf, spec.blocks)):  # type: ignore[arg-type,var-annotated]
         b = spec.block
         if b.qkv is not None:
             fused = need(module, b.qkv)

@@ -67,7 +67,7 @@ class Differences:
         if self.tape is None:
             return trunk(self.model, self.ids(side), self.pairs, self.sites).sites
         found: dict[Site, Tensor] = {}
-        reading = {s: [lambda x, s=s: found.__setitem__(s, x)] for s in self.sites}  # type: ignore[misc]
+        reading = {s: [lambda x, s=s: found.__setitem__(s, x)] for s in self.sites}
         with torch.no_grad():
             self.tape.replay(0, 1, reading, hidden=self.embedding(side))
         return found

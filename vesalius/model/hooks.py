@@ -258,7 +258,7 @@ class Hooks:
         shape: dict[str, Any],
         on_output: Callable[..., None],
     ) -> None:
-        """resid_mid is a sum that no module outputs: attention's write is moved so that the sum becomes the new value."""
+        """resid_mid is a sum no module outputs: attention's write is moved so that the sum becomes the new value."""
         if self.anatomy.parallel:
             raise PartError(f"L{block.layer}.resid_mid does not exist: attention and MLP are parallel in this model")
         if self.anatomy.post_norm:
@@ -326,7 +326,7 @@ class Hooks:
         elif sides:
 
             def fused_hook(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-                new = [run(sides.get(s, ()), per_query_head(a.split_qkv(out, s))) for s in ("q", "k", "v")]  # type: ignore[arg-type]
+                new = [run(sides.get(s, ()), per_query_head(a.split_qkv(out, s))) for s in ("q", "k", "v")]
                 return a.join_qkv(*new)
 
             self._handles.append(block.projections["q"].register_forward_hook(fused_hook))

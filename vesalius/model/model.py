@@ -113,7 +113,7 @@ class Model:
     @cached_property
     def device(self) -> torch.device:
         """Where input ids go."""
-        return self.hf.get_input_embeddings().weight.device  # type: ignore[union-attr,return-value]
+        return self.hf.get_input_embeddings().weight.device
 
     @property
     def kind(self) -> ModelKind:

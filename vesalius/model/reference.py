@@ -56,7 +56,7 @@ class Reference:
                 n: torch.stack(x).mean(0) if len(x) >= FEW else overall.expand(n, *overall.shape)
                 for n, x in by_length.items()
             }
-            out[site] = self._lay(site, pairs, lambda n, _, t=table, o=overall: t.get(n, o.expand(n, *o.shape)))  # type: ignore[misc]
+            out[site] = self._lay(site, pairs, lambda n, _, t=table, o=overall: t.get(n, o.expand(n, *o.shape)))
         return out
 
     def resamples(self, pairs: Pairs, seed: int, offset: int = 0) -> Mapping[Site, Tensor]:
@@ -79,7 +79,7 @@ class Reference:
                     f"no other prompt has {n} tokens to resample from; use --ablation mean, or more prompts"
                 )
             chosen.append(pool[int(torch.randint(len(pool), (1,), generator=generator))])
-        return {s: self._lay(s, pairs, lambda _, row, s=s: self.acts[chosen[row]][s]) for s in self.sites}  # type: ignore[misc]
+        return {s: self._lay(s, pairs, lambda _, row, s=s: self.acts[chosen[row]][s]) for s in self.sites}
 
     def _lay(self, site: Site, pairs: Pairs, pick: object) -> Tensor:
         """Rows of real positions as a padded tensor aligned with the pairs' columns."""

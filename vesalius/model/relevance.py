@@ -96,7 +96,7 @@ def relevance(model: Model, rules: Rules | None = None) -> Iterator[None]:
         for view in {id(n.module): n for n in norms}.values() if rules.norm else ():
 
             def norm_hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor, view: NormView = view) -> Tensor:
-                return _Norm.apply(args[0], out.detach(), view)  # type: ignore[no-untyped-call,no-any-return]
+                return _Norm.apply(args[0], out.detach(), view)  # type: ignore[no-untyped-call]
 
             on_output(view.module, norm_hook)
         blocks = [b for s in a.stacks.values() for b in s.blocks]

@@ -105,7 +105,7 @@ class Tape:
         handles = []
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments  # type: ignore[arg-type]
+            bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
             bound.update(bound.pop("kwargs", {}))
             self.hidden.append(bound.pop("hidden_states"))
             self.arguments.append(bound)

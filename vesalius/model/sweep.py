@@ -8,7 +8,7 @@ forward pass a variant; the work is several times less.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -43,12 +43,14 @@ class Recording:
 
     Attributes:
         pairs: the batch. tape: the base run. base: its sites. source: the other run's sites.
+        first_row: the batch's place among all rows.
     """
 
     pairs: Pairs
     tape: Tape
     base: Mapping[Site, Tensor]
     source: Mapping[Site, Tensor]
+    first_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def activations(model: Model, ids: Tensor, pairs: Pairs, capture: Sequence[Site]
     if tape.start == 0 or not tape.replayable:
         return trunk(model, ids, pairs, capture).sites
     recorded: dict[Site, Tensor] = {}
-    reading = {s: [lambda x, s=s: recorded.__setitem__(s, x)] for s in capture}  # type: ignore[misc]
+    reading = {s: [lambda x, s=s: recorded.__setitem__(s, x)] for s in capture}
     with torch.no_grad():
         tape.replay(0, 1, reading, hidden=embedded(model, ids, pairs)[:, tape.start :])
     return recorded
@@ -124,7 +126,7 @@ def trunk(model: Model, ids: Tensor, pairs: Pairs, capture: Sequence[Site]) -> C
     from vesalius.model.hooks import Hooks
 
     recorded: dict[Site, Tensor] = {}
-    reading = {s: [lambda x, s=s: recorded.__setitem__(s, x)] for s in capture}  # type: ignore[misc]
+    reading = {s: [lambda x, s=s: recorded.__setitem__(s, x)] for s in capture}
     body = model.hf.base_model if model.kind != "encoder-decoder" else model.hf
     with torch.no_grad(), memory_errors(), Hooks(model.hf, model.anatomy, reading):
         body(**model.inputs(ids, pairs.mask, pairs.decoder))
@@ -174,13 +176,14 @@ def sweep(
     Returns:
         Values in the metric's unit, (variant, example), and the base's own.
     """
-    pieces, bases, done = [], [], 0
+    pieces, bases, done, first_row = [], [], 0, 0
     groups = pairs.batches(batch)
     for number, part in enumerate(groups):
         name = f"{key}:{base}:{number}"
         kept = store.get(name) if store else None
         if kept is None:
             recording = record(model, part, base, capture, paired=paired, capture_base=capture_base)
+            recording = replace(recording, first_row=first_row)
             wanted = variants(recording)
             extra = common(recording) if common else {}
             values = _run(
@@ -199,6 +202,7 @@ def sweep(
             if store:
                 store.put(name, kept)
         done += len(kept) - 1
+        first_row += part.n_rows
         if progress:
             progress(done, len(groups) * (len(kept) - 1))
         pieces.append(kept[:-1])

@@ -104,7 +104,8 @@ class Proof:
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        return f"Proof({self.circuit!r}; {self.n} held-out prompts)\n{self.summary().to_string(index=False, float_format='{:.3f}'.format)}"
+        table = self.summary().to_string(index=False, float_format="{:.3f}".format)
+        return f"Proof({self.circuit!r}; {self.n} held-out prompts)\n{table}"
 
     def _repr_html_(self) -> str:
         table = self.summary().to_html(index=False, float_format=lambda v: f"{v:.3f}")
@@ -347,6 +348,8 @@ def _knockouts(circuit: Circuit, model: Model, seed: int, draws: int = 3) -> lis
     rng = np.random.default_rng(seed)
     removed = [("all of it", frozenset(members))]
     for i in range(draws):
-        half = rng.choice(len(members), size=len(members) // 2, replace=False) if len(members) > 1 else []
+        half: Sequence[int] = []
+        if len(members) > 1:
+            half = rng.choice(len(members), size=len(members) // 2, replace=False).tolist()
         removed.append((f"random half {i + 1}", frozenset(members[j] for j in half)))
     return [(label, Circuit(circuit.nodes - k), Circuit(everything - k)) for label, k in removed]
