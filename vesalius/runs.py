@@ -287,14 +287,20 @@ class Run:
 
     def save_file(self, name: str, data: bytes | Callable[[Path], object]) -> Path:
         """Stores any file, given its content or a function that writes to the path it is handed; returns its path."""
+        return self._store({self._file(name, ""): data})[0]
+
+    def _store(self, files: Mapping[str, bytes | Callable[[Path], object]]) -> list[Path]:
+        """Writes files that belong together: they are listed, and so believed, all at once."""
         self._must_write()
-        path = self.folder / self._file(name, "")
         if self._status.get("state") == "done":  # something was missing after all
             self._status["state"] = "running"
-        write_atomic(path, data)
-        self._manifest[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "stored": now()}
+        paths = [self.folder / name for name in files]
+        for path, data in zip(paths, files.values(), strict=True):
+            write_atomic(path, data)
+        for path in paths:
+            self._manifest[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "stored": now()}
         write_atomic(self.folder / "manifest.json", dump({"request": self.hash, "files": self._manifest}))
-        return path
+        return paths
 
     def save_table(self, name: str, frame: pd.DataFrame) -> Path:
         """Stores a table as `<name>.parquet`, without its index."""
@@ -322,25 +328,24 @@ class Run:
         """Stores Scores as `<name>.parquet` (with per-prompt values) and `<name>.json`."""
         with tempfile.TemporaryDirectory() as folder:
             scores.save(Path(folder))
-            self.save_file(self._file(name, ".json"), (Path(folder) / "scores.json").read_bytes())
-            self.save_file(self._file(name, ".parquet"), (Path(folder) / "scores.parquet").read_bytes())
+            both = {
+                self._file(name, end): (Path(folder) / f"scores{end}").read_bytes() for end in (".json", ".parquet")
+            }
+        self._store(both)
 
     # -- reading
 
     def has(self, name: str) -> bool:
-        """Whether a table, JSON, array or file of that name is stored and whole.
+        """Whether a table, JSON, array, scores or file of that name is stored, all of it, and whole.
 
         A damaged one counts as absent while the run is being written (it is made again); when reading, it is an error
         rather than something "not measured".
         """
-        for file in (name, f"{name}.parquet", f"{name}.json", f"{name}.npz"):
-            if file in self.files:
-                reason = self._trouble(file)
-                if reason and not self._writable:
-                    raise RunError(self._refusal(reason))
-                if not reason:
-                    return True
-        return False
+        stored = [f for f in (name, f"{name}.parquet", f"{name}.json", f"{name}.npz") if f in self.files]
+        reasons = [reason for f in stored if (reason := self._trouble(f))]
+        if reasons and not self._writable:
+            raise RunError(self._refusal(reasons[0]))
+        return bool(stored) and not reasons
 
     def _refusal(self, reason: str) -> str:
         return f"{self.folder}: {reason}; run the same command again and it is made anew"
@@ -520,9 +525,10 @@ def list_runs(root: Path | str = DEFAULT_ROOT) -> pd.DataFrame:
             run = Run.open(folder)
             arguments = run.request.get("arguments")
             pool = {**run.request, **(arguments if isinstance(arguments, Mapping) else {})}
-            tasks = pool.get("task", pool.get("tasks"))
-            row |= {k: pool.get(k) for k in ("command", "model", "method", "level")}
-            row["task"] = ", ".join(map(str, tasks)) if isinstance(tasks, list) else tasks
+            row |= {k: pool.get(k) for k in ("command", "method", "level")}
+            for key in ("model", "task"):
+                value = pool.get(key, pool.get(f"{key}s"))
+                row[key] = ", ".join(map(str, value)) if isinstance(value, list) else value
             status = run.status
             row |= {"hash": run.hash[:_DIGITS], "state": status["state"], "error": status.get("error")}
             row["when"] = status.get("touched")

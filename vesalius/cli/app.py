@@ -7,20 +7,12 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a loaded machine many times slower
 
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from vesalius.errors import VesaliusError
-
-app = typer.Typer(
-    name="vesalius",
-    help="The anatomist's bench for transformer language models: find which parts do a job, prove it, compare it.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="markdown",
-)
 
 
 def _version(value: bool) -> None:
@@ -31,7 +23,6 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -40,35 +31,79 @@ def _root(
     pass
 
 
-def _register() -> None:
+def command_line() -> typer.Typer:
+    """The command line with all its commands."""
     from vesalius.cli import check, circuit, compare, listing, reuse
 
-    for module in (listing, circuit, reuse, compare, check):
+    app = typer.Typer(
+        name="vesalius",
+        help="The anatomist's bench for transformer language models: find which parts do a job, prove it, compare it.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode="markdown",
+    )
+    app.callback()(_root)
+    for module in (circuit, reuse, compare, check, listing):
         module.register(app)
+    return app
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; errors a user can act on are one line on standard error, with exit code 2."""
-    _register()
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = command_line()(args=given, prog_name="vesalius", standalone_mode=False)
+        sys.stdout.flush()
+        if code == 130:  # what typer makes of Ctrl-C, where it does not abort
+            raise KeyboardInterrupt
     except VesaliusError as error:
         _leave(str(error))
     except (KeyboardInterrupt, typer.Abort):
         _leave("interrupted; what was finished is kept, and the same command goes on from there")
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(2)
+    except BrokenPipeError:  # who read the output has closed it: what is left to print must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         _leave(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except (MemoryError, RuntimeError) as error:
+        _leave(_memory(error))
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("click", "typer") or not hasattr(error, "format_message"):
             raise
-        _leave(f"{error.format_message()} (see --help)")
+        _leave(_usage(error, given))
     else:
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _leave(message: str) -> None:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+def _memory(error: BaseException) -> str:
+    """What to lower, if memory ran out where nothing else said so; any other error is raised again."""
+    from vesalius.errors import OutOfMemory
+    from vesalius.model.memory import memory_errors
+
+    try:
+        with memory_errors():
+            raise error
+    except OutOfMemory as found:
+        return str(found)
+
+
+def _usage(error: Any, given: Sequence[str]) -> str:
+    """A wrong use of the command line: what is wrong, with the value as it was given, and where help is."""
+    text = str(error.format_message()).rstrip()
+    if not text:  # no command at all: the help was printed
+        return ""
+    for name in getattr(getattr(error, "param", None), "opts", None) or ():
+        value = next((v.partition("=")[2] for v in given if v.startswith(f"{name}=")), None)
+        if value is None and name in given[:-1]:
+            value = given[given.index(name) + 1]
+        if value is not None and repr(value) not in text:
+            text = f"{text.rstrip('.')}, not {value!r}"
+    context = getattr(error, "ctx", None)
+    return f"{text} (see `{context.command_path if context else 'vesalius'} --help`)"
+
+
+def _leave(message: str) -> NoReturn:
+    if message:
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.exit(2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+import sys
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +18,9 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="The model to check.")] = o.MODEL_DEFAULT,
+    model: Annotated[
+        str, typer.Argument(help="Short name, hub name, folder, .gguf file or wheel: (see `vesalius models`).")
+    ] = o.MODEL_DEFAULT,
     seed: o.Seed = 0,
     out: o.Out = None,
     as_json: o.AsJson = False,
@@ -43,23 +47,28 @@ def check(
         "seed": seed,
         "dtype": dtype,
     }
-    with Run.start(request, out, fresh=True) as run:
+    with Run.start(request, out, True, "vesalius " + shlex.join(sys.argv[1:])) as run:
         with screen.step("checking") as progress:
             found = run_checks(opened, seed=seed, progress=progress)
         frame = found.to_frame()
         run.save_table("checks", frame)
-        usable = {kind: {"usable": bool(ok), "reason": why} for kind, (ok, why) in found.usable().items()}
+        usable: dict[str, dict[str, Any]] = {
+            kind: {"usable": bool(ok), "reason": why} for kind, (ok, why) in found.usable().items()
+        }
         run.save_json("summary", {"model": opened.name, "ok": found.ok, "usable": usable})
     words = [
         f"{kind}: {'usable' if u['usable'] else 'NOT usable'}{' (' + u['reason'] + ')' if u['reason'] else ''}"
         for kind, u in usable.items()
     ]
+    summary = {"model": opened.name, "ok": found.ok, "checks": frame.to_dict("records"), "usable": usable}
     screen.show(
-        {"model": opened.name, "ok": found.ok, "checks": frame.to_dict("records"), "usable": usable},
+        summary | {"run": str(run.folder)},
         repr(opened),
-        frame,
+        "",
+        frame[["check", "status", "worst", "tolerance", "says", "reason"]],
         "",
         *words,
+        f"\nrun     {run.folder}",
     )
     if not found.ok:
         raise typer.Exit(1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import typer
 from pydantic import ValidationError
 
@@ -14,6 +16,7 @@ from vesalius.cli.circuit_study import CircuitRequest, CircuitStudy
 from vesalius.cli.console import Screen, set_threads, settings
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.find.base import METHODS, parameters
+from vesalius.report import circuit_report
 from vesalius.runs import Run
 
 COMPARED = "relp,eap-ig,attribution-patching"
@@ -123,7 +126,8 @@ def circuit(
                 anyway=anyway,
             )
             study.go(command)
-        _show(screen, run)
+    report = circuit_report(run)
+    _show(screen, run, report)
 
 
 def _method_options(
@@ -170,26 +174,45 @@ def _compared(compare: str | None, method: str, level: str) -> list[str]:
     return [n for n in names if n != method]
 
 
-def _show(screen: Screen, run: Run) -> None:
+def _show(screen: Screen, run: Run, report: Path) -> None:
     s = run.json("summary")
     f, r = s["faithfulness"], s["random"]
+    size = ", ".join(f"{s['size'][k]} of {s['total'][k]} {'MLPs' if k == 'mlps' else k}" for k in s["size"])
     chance = ""
     if r:
         draws = f"at most {r['high']:.2f}, {s['random_draws']} draws"
         chance = f"; random circuits of its size {r['mean']:.2f} ({draws})"
-    size = ", ".join(f"{s['size'][k]} of {s['total'][k]} {k}" for k in s["size"])
     top = run.scores("scores").top(10).to_frame()[["part", "score", "low", "high", "sign_stability"]]
     lines: list[Any] = [
         f"\n{s['task']} on {s['model']} by {s['method']}: {size}",
         f"faithfulness {f['mean']:.2f} [{f['low']:.2f}, {f['high']:.2f}] on {s['n_prove']} held-out prompts "
         f"({s['ablation']} ablation){chance}\n",
-        top,
+        top.rename(columns={"sign_stability": "sign kept"}),
         "",
-        run.table("proof"),
+        _proof_table(run),
     ]
     if run.has("correlations"):
-        lines += ["\nagainst exact patching:", run.table("correlations")]
+        agree = run.table("correlations").rename(columns={"top10_overlap": "top-10"})
+        lines += ["\nagainst exact patching:", agree]
     if s["notes"]:
         lines += ["", *[f"note: {n}" for n in s["notes"]]]
-    lines += [f"\nrun     {run.folder}", f"report  {run.folder / 'report.html'}"]
-    screen.show(s | {"run": str(run.folder), "report": str(run.folder / "report.html")}, *lines)
+    lines += [f"\nrun     {run.folder}", f"report  {report}"]
+    screen.show(s | {"run": str(run.folder), "report": str(report)}, *lines)
+
+
+def _proof_table(run: Run) -> pd.DataFrame:
+    """The proof in few enough columns for a terminal; the run has them all."""
+    proof = run.table("proof")
+    interval = [f"[{low:.2f}, {high:.2f}]" for low, high in zip(proof["low"], proof["high"], strict=True)]
+    return pd.DataFrame(
+        {
+            "rest ablated by": proof["ablation"],
+            "faithfulness": proof["faithfulness"],
+            "95 %": interval,
+            "random": proof["random_mean"],
+            "CPR": proof["cpr"],
+            "CPR, log": proof["cpr_log"],
+            "CMD": proof["cmd"],
+            "CMD, log": proof["cmd_log"],
+        }
+    )

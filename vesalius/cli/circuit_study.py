@@ -18,7 +18,6 @@ from vesalius.prove import grow, prove, smallest
 from vesalius.prove.circuit import Circuit
 from vesalius.prove.proof import Proof
 from vesalius.prove.roles import roles
-from vesalius.report import circuit_report
 from vesalius.runs import Run
 from vesalius.scores import Scores
 from vesalius.tasks.performance import Performance, performance
@@ -77,7 +76,7 @@ class CircuitStudy:
         self.notes: list[str] = []
 
     def go(self, command: str) -> None:
-        """All steps, then the report."""
+        """All steps."""
         done = self.accuracy()
         scores = self.scores()
         self.correlations(scores)
@@ -86,8 +85,6 @@ class CircuitStudy:
         self.pictures(circuit, scores)
         self.tables(circuit, proof)
         self.summary(done, circuit, proof, command)
-        with self.run.stage("report"):
-            circuit_report(self.run)
 
     def accuracy(self) -> Performance:
         """How well the model does the task; stops where a circuit would mean nothing."""

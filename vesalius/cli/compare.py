@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -13,9 +15,12 @@ import typer
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen
 from vesalius.errors import VesaliusError
+from vesalius.runs import DEFAULT_ROOT, Run, find_run
 from vesalius.scores import Scores
 
 TOP = 10
+KINDS = ("head", "mlp", "edge")
+FEWEST = 3  # parts in common below which a correlation says nothing
 
 
 def register(app: typer.Typer) -> None:
@@ -27,33 +32,45 @@ def compare(
     runs: Annotated[
         list[str], typer.Argument(help="Two or more circuit runs: folders, name starts, hashes or 'last'.")
     ],
+    seed: o.NoSeed = 0,
     out: o.Out = None,
     as_json: o.AsJson = False,
-    seed: o.Seed = 0,
 ) -> None:
-    """Rank correlation and overlap between the scores of recorded circuit runs."""
+    """How far the scores of recorded circuit runs agree: rank correlation, linear correlation, overlap of the largest.
+
+    The runs may differ in method, task or model. Scores are compared over the parts that both runs scored, heads, MLPs
+    and edges apart. Leaves a run with a report.
+    """
     from vesalius.report import compare_report
-    from vesalius.runs import DEFAULT_ROOT, Run, find_run
 
     if len(runs) < 2:
         raise VesaliusError("comparing takes two or more runs; `vesalius runs` lists them")
     found = [find_run(r, [out or DEFAULT_ROOT]) for r in runs]
     for run in found:
-        if not run.has("summary") or not run.has("scores"):
-            raise VesaliusError(f"{run.folder} holds no finished circuit; compare runs of `vesalius circuit`")
+        if run.request.get("command") != "circuit":
+            raise VesaliusError(
+                f"{run.folder} is a run of `vesalius {run.request.get('command')}`; compare circuit runs"
+            )
+        if not run.has("summary") or not run.has("scores.parquet"):
+            raise VesaliusError(
+                f"{run.folder} is {run.state} and has no circuit yet; run its command again to finish it"
+            )
     summaries = [r.json("summary") for r in found]
-    names = []
-    for s in summaries:
-        name = f"{s['task']} {s['model']} {s['method']}"
-        names.append(name if name not in names else f"{name} ({len(names) + 1})")
+    names = name_runs(summaries, [r.hash for r in found])
     scores = [r.scores("scores") for r in found]
     rows = [
-        _pair(names[i], names[j], kind, a, b)
+        row
         for i, a in enumerate(scores)
         for j, b in enumerate(scores)
-        for kind in ("head", "mlp", "edge")
-        if len(a.kind(kind)) >= 3 and len(b.kind(kind)) >= 3
+        for kind in KINDS
+        if (row := _pair(names[i], names[j], kind, a, b)) is not None
     ]
+    matrix = pd.DataFrame(rows, columns=["a", "b", "kind", "pearson", "spearman", "overlap", "k", "n"])
+    order = {name: i for i, name in enumerate(names)}
+    shown = matrix[[order[a] < order[b] for a, b in zip(matrix["a"], matrix["b"], strict=True)]]
+    if shown.empty:
+        levels = ", ".join(f"{n}: {s.get('level')} scores" for n, s in zip(names, summaries, strict=True))
+        raise VesaliusError(f"no two of the runs scored the same {FEWEST} parts ({levels}); compare runs of one level")
     tops = [
         {"name": name, "rank": rank, "part": str(part), "score": float(value)}
         for name, s in zip(names, scores, strict=True)
@@ -64,33 +81,56 @@ def compare(
         {"name": n, "run": r.name, **{k: s.get(k) for k in kept}}
         for n, r, s in zip(names, found, summaries, strict=True)
     ]
+    notes = []
+    if len({s.get("model_fingerprint") for s in summaries}) > 1:
+        notes.append(
+            "parts of different models are matched by address: it means something if one was made from another"
+        )
     command = "vesalius " + shlex.join(sys.argv[1:])
-    request = {"command": "compare", "runs": [r.hash for r in found], "seed": seed}
-    with Run.start(request, out, True, command) as made:
-        made.save_json("summary", {"runs": entries, "notes": [], "command": command})
-        matrix = pd.DataFrame(rows, columns=["a", "b", "kind", "pearson", "spearman", "overlap", "k", "n"])
+    with Run.start({"command": "compare", "runs": [r.hash for r in found], "seed": seed}, out, True, command) as made:
+        made.save_json("summary", {"runs": entries, "notes": notes, "command": command})
         made.save_table("matrix", matrix)
         made.save_table("top", pd.DataFrame(tops))
         path = compare_report(made)
-    shown = matrix[matrix["a"] < matrix["b"]] if len(set(names)) > 1 else matrix
-    screen = Screen(as_json)
-    screen.show(
-        {"runs": entries, "matrix": rows, "run": str(made.folder), "report": str(path)}, shown, f"report  {path}"
+    Screen(as_json).show(
+        {"runs": entries, "matrix": rows, "notes": notes, "run": str(made.folder), "report": str(path)},
+        shown,
+        *["", *(f"note: {n}" for n in notes)][: 1 + len(notes)],
+        f"run     {made.folder}",
+        f"report  {path}",
     )
 
 
-def _pair(a_name: str, b_name: str, kind: str, a: Scores, b: Scores) -> dict[str, object]:
+def name_runs(summaries: Sequence[Mapping[str, Any]], hashes: Sequence[str]) -> list[str]:
+    """What the runs are called in tables: by what tells them apart, and by their hash or number where nothing does.
+
+    Example:
+        >>> name_runs([{"task": "ioi", "method": "relp"}, {"task": "ioi", "method": "eap-ig"}], ["3fa9c1", "77b0e2"])
+        ['relp', 'eap-ig']
+    """
+    fields = [[_short(s.get(k)) for k in ("task", "model", "method", "level")] for s in summaries]
+    telling = [i for i in range(4) if len({f[i] for f in fields}) > 1] or [0, 1, 2]
+    names = [" ".join(f[i] for i in telling if f[i]) for f in fields]
+    names = [n if names.count(n) == 1 else f"{n} {h[:6]}" for n, h in zip(names, hashes, strict=True)]
+    return [n if names.count(n) == 1 else f"{n} ({names[:i].count(n) + 1})" for i, n in enumerate(names)]
+
+
+def _short(value: Any) -> str:
+    """A file of prompts by its stem; names as they are."""
+    text = "" if value is None else str(value)
+    return Path(text).stem if Path(text).suffix in (".jsonl", ".csv") else text
+
+
+def _pair(a_name: str, b_name: str, kind: str, a: Scores, b: Scores) -> dict[str, Any] | None:
     left, right = a.kind(kind), b.kind(kind)
-    row: dict[str, object] = {
-        "a": a_name,
-        "b": b_name,
-        "kind": kind,
-        "k": TOP,
-        "n": len(set(left.parts) & set(right.parts)),
-    }
+    n = len(set(left.parts) & set(right.parts))
+    if n < FEWEST:
+        return None
+    k = min(TOP, max(1, n // 2))  # of the four MLPs of a small model, the ten largest are always the same
+    row: dict[str, Any] = {"a": a_name, "b": b_name, "kind": kind, "k": k, "n": n}
     try:
         row |= {"pearson": left.correlation(right), "spearman": left.correlation(right, "spearman")}
-        row["overlap"] = left.overlap(right, TOP)
+        row["overlap"] = left.overlap(right, k)
     except VesaliusError:
         row |= {"pearson": np.nan, "spearman": np.nan, "overlap": np.nan}
     return row

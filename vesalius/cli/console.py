@@ -6,20 +6,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.records import Checkpoint, plain
 
+SHORT = 12  # characters of a text that is never folded
 QUIET_SECONDS = 2.0  # steps shorter than this leave no trace where there is no terminal
 
 
@@ -28,8 +31,8 @@ class Screen:
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.err = Console(stderr=True, highlight=False)
-        self.out = Console(highlight=False)
+        self.err = _console(stderr=True)
+        self.out = _console()
 
     @contextmanager
     def step(self, name: str) -> Iterator[Callable[..., None]]:
@@ -58,37 +61,67 @@ class Screen:
 
     def note(self, text: str, style: str = "") -> None:
         """A line for people, on standard error."""
-        self.err.print(text, style=style, markup=False)
+        self.err.print(text, style=style, markup=False, soft_wrap=True)
 
     def show(self, summary: Any, *lines: Any) -> None:
         """The result: JSON with `--json`, otherwise the lines (text or tables)."""
         if self.as_json:
-            sys.stdout.write(json.dumps(plain(summary), indent=1, default=str) + "\n")
+            sys.stdout.write(json.dumps(plain(summary), indent=1, allow_nan=False) + "\n")
             return
         for line in lines:
             if isinstance(line, pd.DataFrame):
                 self.out.print(frame_table(line))
             else:
-                self.out.print(line, markup=False)
+                self.out.print(line, markup=False, soft_wrap=True)  # so that a path can be copied whole
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 10_000  # a file or a pipe has no edge to fold at
+    return console
 
 
 def frame_table(frame: pd.DataFrame, title: str | None = None) -> Table:
-    """A pandas frame as a table for the terminal."""
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    """A pandas frame as a table for the terminal; where it is too narrow, text is folded and numbers are not."""
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
+    )
+    columns: list[list[Text]] = []
     for column in frame.columns:
-        numeric = pd.api.types.is_numeric_dtype(frame[column])
-        table.add_column(str(column), justify="right" if numeric else "left", overflow="fold")
-    for row in frame.itertuples(index=False):
-        table.add_row(*[_cell(v) for v in row])
+        cells = [_cell(v) for v in frame[column]]
+        head = str(column).replace("_", " ")
+        if pd.api.types.is_numeric_dtype(frame[column]):
+            table.add_column(head.replace(" ", "\n"), justify="right", no_wrap=True)
+        else:
+            table.add_column(head, overflow="fold", no_wrap=max(map(len, cells), default=0) <= SHORT)
+        columns.append([Text(c) for c in cells])
+    for row in zip(*columns, strict=True):
+        table.add_row(*row)
     return table
 
 
 def _cell(value: Any) -> str:
-    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+    if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and np.isnan(value)):
         return "-"
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
-    return f"{value:.3f}" if isinstance(value, (float, np.floating)) else str(value)
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.3f}" if abs(float(value)) >= 0.0005 or value == 0 else f"{value:.0e}"
+    return str(value)
+
+
+def estimate(value: Any) -> str:
+    """A number with its interval, as far as they are known: `0.93 [0.90, 0.95]`, `0.93`, or `not measured`."""
+    found = value if isinstance(value, Mapping) else {"mean": value}
+    if not _round(found.get("mean")):
+        return "not measured"
+    mean, low, high = (_round(found.get(k)) for k in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]" if low and high else mean
+
+
+def _round(value: float | None) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{round(float(value), 2) + 0.0:.2f}"  # no -0.00
 
 
 class RunStore:

@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vesalius.errors import VesaliusError
 from vesalius.model.opening import DEFAULT_MODEL
 from vesalius.model.sweep import DEFAULT_MEMORY_GB
 
+MODEL_PANEL = "Model"
+TASK_PANEL = "Task"
+RUN_PANEL = "Run"
+
+
+def _in(panel: str, *names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel)
+
+
 ModelName = Annotated[
     str,
-    typer.Option("--model", "-m", help="Short name, hub name, folder, .gguf file or wheel: (see `vesalius models`)."),
+    _in(
+        MODEL_PANEL, "--model", "-m", help="Short name, hub name, folder, .gguf file or wheel: (see `vesalius models`)."
+    ),
+]
+Dtype = Annotated[
+    str | None, _in(MODEL_PANEL, "--dtype", help="float32, bfloat16 or float16; float32 on a CPU by default.")
+]
+Device = Annotated[str | None, _in(MODEL_PANEL, "--device", help="cpu, cuda, ...; the fastest present by default.")]
+DeviceMap = Annotated[
+    str | None, _in(MODEL_PANEL, "--device-map", help="Spread a large model over devices: auto, balanced, ...")
+]
+Trust = Annotated[
+    bool, _in(MODEL_PANEL, "--trust-remote-code", help="Run code that comes with this model's checkpoint.")
 ]
 TaskName = Annotated[
-    str, typer.Option("--task", "-t", help="A task's name, or a .jsonl/.csv file of your own prompts.")
+    str,
+    _in(
+        TASK_PANEL, "--task", "-t", help="A task's name (see `vesalius tasks`), or a .jsonl/.csv file of your prompts."
+    ),
 ]
-Number = Annotated[int | None, typer.Option("--n", help="Prompts to find with; default 32, or half of a file's rows.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder that holds the runs; default ./runs.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; float32 on a CPU by default.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; the fastest present by default.")]
-DeviceMap = Annotated[str | None, typer.Option("--device-map", help="Spread a large model: auto, balanced, ...")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with this model's checkpoint.")]
-Memory = Annotated[float, typer.Option("--memory", help="Working memory for batches of interventions, GiB.")]
-Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; default: the cores available.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Forget an earlier run of the same request.")]
+Number = Annotated[
+    int | None, _in(TASK_PANEL, "--n", help="Prompts to find with; 32 by default, or half of a file's rows.")
+]
 TaskSet = Annotated[
-    list[str] | None, typer.Option("--task-set", help="KEY=VALUE: a parameter of the task (repeatable).")
+    list[str] | None,
+    _in(TASK_PANEL, "--task-set", help="KEY=VALUE, repeatable: a parameter of the task, or metric or scoring."),
 ]
+Seed = Annotated[int, _in(RUN_PANEL, "--seed", help="Seed of everything drawn.")]
+NoSeed = Annotated[int, _in(RUN_PANEL, "--seed", help="Taken by every command; nothing is drawn here.")]
+Out = Annotated[Path | None, _in(RUN_PANEL, "--out", help="Folder that holds the runs; ./runs by default.")]
+NoOut = Annotated[Path | None, _in(RUN_PANEL, "--out", help="Taken by every command; nothing is written here.")]
+AsJson = Annotated[bool, _in(RUN_PANEL, "--json", help="Print the result as one JSON document.")]
+Fresh = Annotated[bool, _in(RUN_PANEL, "--fresh", help="Forget an earlier run of the same request.")]
+Memory = Annotated[float, _in(RUN_PANEL, "--memory", help="Working memory for batches of interventions, GiB.")]
+Threads = Annotated[int | None, _in(RUN_PANEL, "--threads", help="CPU threads; the cores available by default.")]
 
 MODEL_DEFAULT = DEFAULT_MODEL
 MEMORY_DEFAULT = DEFAULT_MEMORY_GB
+
+
+def check_memory(memory: float) -> None:
+    """Refuses a working memory that holds nothing, or is not a number."""
+    if not (memory > 0 and math.isfinite(memory)):
+        raise VesaliusError(f"--memory {memory:g} is no amount of working memory; give GiB above 0, such as 1")
 
 
 def opened(screen: Any, spec: str, dtype: str | None, device: str | None, device_map: str | None, trust: bool) -> Any:
@@ -55,7 +88,7 @@ def task_of(name: str, n: int | None, seed: int, items: list[str] | None, defaul
     known = {}
     if name in TASKS:
         known = {k: p.default for k, p in TASKS.get(name).parameters.items()}
-        n = n or default_n
-    extra = {"metric": "", "scoring": ""}
+        n = default_n if n is None else n
+    extra = {"metric": "", "scoring": "", "on_misaligned": ""}
     params = settings(items or [], known | extra, f"task '{name}'")
     return vesalius.task(name, n=n, seed=seed, **params)

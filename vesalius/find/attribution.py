@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from vesalius.errors import VesaliusError
-from vesalius.find.base import Context, Direction, base_side, per_example, resolve_positions, table
+from vesalius.find.base import Context, Direction, base_side, named_parts, per_example, resolve_positions, table
 from vesalius.model import Model, Pairs
 from vesalius.model.edges import edge_scores, edge_sites
 from vesalius.model.gradients import Differences
@@ -114,17 +114,21 @@ def _attribute(
 ) -> Scores:
     if context.level == "edge":
         return _edges(model, pairs, context, side, steps, rules, **info)
-    chosen = model.parts(tuple(parts.split(",")))
-    if not chosen:
-        raise VesaliusError(f"'{parts}' names no part of {model.name}")
+    chosen = named_parts(model, parts)
     places = resolve_positions(pairs, position)
     groups = pairs.batches(BATCH)
     pieces = []
     for number, group in enumerate(groups):
         diff = Differences(model, group, sites_of(chosen))
-        clean, corrupted = diff.activations("clean"), diff.activations("corrupted")
         with memory_errors():
-            grads = diff.path_gradients(steps, rules) if steps else diff.gradients(side, rules).grads
+            if steps:
+                grads = diff.path_gradients(steps, rules)
+                own = diff.activations(side)
+            else:
+                run = diff.gradients(side, rules)
+                grads, own = run.grads, run.acts
+        other = diff.activations("clean" if side == "corrupted" else "corrupted")
+        clean, corrupted = (own, other) if side == "clean" else (other, own)
         rows = []
         for part in chosen:
             where = locate(part)

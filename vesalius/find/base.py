@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.model import Model, Pairs
 from vesalius.model.sweep import DEFAULT_MEMORY_GB, Progress, Side, Store
-from vesalius.parts import Address
+from vesalius.parts import Address, Kind, Part
 from vesalius.registry import Registry
 from vesalius.scores import Scores
 
@@ -144,6 +144,8 @@ def find(
         >>> scores.top(5)                                                         # doctest: +SKIP
     """
     function = METHODS.get(method)
+    if level not in get_args(Level):
+        raise UnknownName("level", level, get_args(Level))
     levels = METHODS.entry(method).info.get("levels", ("node",))
     if level not in levels:
         able = [e.name for e in METHODS if level in e.info.get("levels", ("node",))]
@@ -202,6 +204,22 @@ def base_side(direction: Direction) -> Side:
     if direction not in ("denoise", "noise"):
         raise UnknownName("direction", direction, ("denoise", "noise"))
     return "corrupted" if direction == "denoise" else "clean"
+
+
+def named_parts(model: Model, kinds: str) -> list[Part]:
+    """Every part of these kinds (`head,mlp`), in forward order.
+
+    Raises:
+        UnknownName: for a word that is no kind of part. VesaliusError: if the model has none of these.
+    """
+    names = [k.strip() for k in kinds.split(",")]
+    for name in names:
+        if name not in get_args(Kind):
+            raise UnknownName("kind of part", name, get_args(Kind))
+    found = model.parts(names)
+    if not found:
+        raise VesaliusError(f"{model.name} has no part of kind {' or '.join(names)}")
+    return found
 
 
 def resolve_positions(pairs: Pairs, position: str | None) -> list[tuple[str, Tensor]] | None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import torch
 
+from vesalius.errors import UnknownName, VesaliusError
 from vesalius.find.base import Context, per_example, table
 from vesalius.model import Model, Pairs
 from vesalius.model.contributions import contributions
 from vesalius.model.sweep import BATCH
 from vesalius.scores import Scores
+
+KINDS = ("head", "xhead", "mlp", "embed")
 
 
 def direct(
@@ -26,8 +29,19 @@ def direct(
 
     Returns:
         Scores with, in `info`, `bias`: the mean term of biases, and `sum`: the mean of all terms.
+
+    Raises:
+        VesaliusError: if answers are scored over several tokens: there is no one logit to write to.
     """
-    kinds = set(parts.split(","))
+    kinds = {k.strip() for k in parts.split(",")}
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UnknownName("kind of part that writes to the answer", kind, KINDS)
+    if pairs.targets is not None:
+        raise VesaliusError(
+            "direct reads the logits of one token, and these answers are scored over several; choose single-token "
+            "answers, or another method"
+        )
     pieces, biases, sums = [], [], []
     groups = pairs.batches(BATCH)
     for number, group in enumerate(groups):

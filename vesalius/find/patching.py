@@ -13,14 +13,14 @@ exactly, and a random sample of the rest is verified too: what was missed is the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vesalius.errors import VesaliusError
-from vesalius.find.base import Context, Direction, base_side, resolve_positions, table
+from vesalius.errors import UnknownName, VesaliusError
+from vesalius.find.base import Context, Direction, base_side, named_parts, resolve_positions, table
 from vesalius.model import Intervention, Model, Pairs
 from vesalius.model.edges import EdgeRun, write_sites, writes
 from vesalius.model.graph import universe_of
@@ -31,6 +31,7 @@ from vesalius.parts import Part
 from vesalius.scores import Scores
 
 SAMPLE_SHARE = 0.2  # share of a budget spent on a random sample of the unscreened, for the bound
+CONFIDENCE = 0.95
 
 
 def activation_patching(
@@ -58,11 +59,11 @@ def activation_patching(
     """
     if context.level == "edge":
         return _edges(model, pairs, context, direction, budget, screen)
+    if ablation not in get_args(Ablation):
+        raise UnknownName("ablation", ablation, get_args(Ablation))
     if ablation != "counterfactual" and direction == "denoise":
         raise VesaliusError(f"ablation '{ablation}' removes information; use it with direction 'noise'")
-    candidates = model.parts(tuple(parts.split(",")))
-    if not candidates:
-        raise VesaliusError(f"'{parts}' names no part of {model.name}")
+    candidates = named_parts(model, parts)
     places = resolve_positions(pairs, position)
     if budget is not None and budget < len(candidates):
         if places is not None:
@@ -134,10 +135,8 @@ def _screened(
     budget: int,
     screen: str,
 ) -> Scores:
-    from vesalius.find.base import METHODS
-
     kinds = ",".join(dict.fromkeys(p.kind for p in candidates))
-    estimate = METHODS.get(screen)(model, pairs, Context(seed=context.seed), direction=direction, parts=kinds)
+    estimate = _estimate(screen, model, pairs, Context(seed=context.seed), direction=direction, parts=kinds)
     by_part = {p: i for i, p in enumerate(estimate.parts)}
     guess = np.stack([estimate.per_example[by_part[p]] for p in candidates])  # type: ignore[index]
     chosen, sample = choose(np.abs(guess.mean(1)), budget, context.seed)
@@ -146,6 +145,14 @@ def _screened(
         model, pairs, context, direction, ablation, [candidates[i] for i in both], key=f"budget{budget}"
     )
     return merge_verified(candidates, guess, both, sample, exact, direction=direction, ablation=ablation, screen=screen)
+
+
+def _estimate(screen: str, model: Model, pairs: Pairs, context: Context, **options: Any) -> Scores:
+    """The screen's scores; of the options those it takes (integrated gradients have no direction)."""
+    from vesalius.find.base import METHODS, parameters
+
+    known = parameters(screen)
+    return METHODS.get(screen)(model, pairs, context, **{k: v for k, v in options.items() if k in known})
 
 
 def choose(estimate: NDArray[np.float64], budget: int, seed: int) -> tuple[list[int], list[int]]:
@@ -170,8 +177,7 @@ def merge_verified(
 ) -> Scores:
     """Exact values where verified and estimates elsewhere, with a bound on what the estimates hide.
 
-    The random sample of m unscreened parts gives a distribution-free bound: its largest |effect| is exceeded by at most
-    a share 1 - 0.05^(1/m) of the unverified parts, with 95 % confidence.
+    The random sample of m unscreened parts gives a distribution-free bound on the others: `missed_share`.
     """
     values = estimate.copy()
     values[list(verified)] = exact
@@ -187,25 +193,42 @@ def merge_verified(
         "largest_estimate_left": float(rest.max()) if len(rest) else 0.0,
         "largest_error_of_the_screen": float(error.max()),
         "missed_effect_bound": float(sampled.max()),
-        "missed_share_above_bound": float(1 - 0.05 ** (1 / max(1, len(sample)))),
-        "confidence": 0.95,
+        "missed_share_above_bound": missed_share(len(sample), int((~mask).sum())),
+        "confidence": CONFIDENCE,
     }
     return Scores(parts, values.mean(1), values, verified=mask, info=info)
+
+
+def missed_share(sampled: int, left: int) -> float:
+    """The largest share of the parts left that may exceed the sample's largest |effect|, at 95 % confidence.
+
+    If k + 1 of the n = sampled + left parts exceed it, the sample missed all of them, which happens with probability
+    C(n - k - 1, sampled) / C(n, sampled): the share is the first k / left for which that is at most 5 %.
+
+    Example:
+        >>> round(missed_share(59, 10**6), 3), missed_share(6, 14)
+        (0.05, 0.42857142857142855)
+    """
+    missed, chance = 0, 1.0
+    while missed < left:
+        chance *= (left - missed) / (sampled + left - missed)
+        if chance <= 1 - CONFIDENCE:
+            break
+        missed += 1
+    return missed / left if left else 0.0
 
 
 def _edges(
     model: Model, pairs: Pairs, context: Context, direction: Direction, budget: int | None, screen: str
 ) -> Scores:
     """Exact edge patching: one forward pass an edge, so a budget on anything but a small model."""
-    from vesalius.find.base import METHODS
-
     universe = universe_of(model)
     edges = universe.edges
     estimate: NDArray[np.float64] | None = None
     todo = list(range(len(edges)))
     sample: list[int] = []
     if budget is not None and budget < len(edges):
-        scored = METHODS.get(screen)(model, pairs, Context("edge", context.seed), direction=direction)
+        scored = _estimate(screen, model, pairs, Context("edge", context.seed), direction=direction)
         estimate = np.asarray(scored.per_example, dtype=np.float64)
         chosen, sample = choose(np.abs(estimate.mean(1)), budget, context.seed)
         todo = sorted([*chosen, *sample])

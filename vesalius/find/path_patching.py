@@ -197,7 +197,7 @@ class _Plan:
     def _read(self, recording: Recording, changed: Sequence[list[Intervention]]) -> list[list[Intervention]]:
         """Run 1: what the receivers read under each sender's change, as interventions for run 2."""
         tape, frozen = recording.tape, self.frozen(recording)
-        at_once = max(1, int(self.memory_gb * 2**30 / tape.bytes_per_copy()))
+        at_once = tape.copies_within(self.memory_gb)
         last = max(self.receivers, key=lambda p: p.order)
         end = Site("resid_post", last.layer or 0, last.stack)
         by_layer: dict[int, list[int]] = {}

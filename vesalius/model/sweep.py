@@ -7,7 +7,7 @@ forward pass a variant; the work is several times less.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vesalius.model.crew import Crew
 from vesalius.model.hooks import Site, Tap
 from vesalius.model.intervene import Intervention, first_layer, taps
 from vesalius.model.memory import memory_errors
@@ -178,35 +179,37 @@ def sweep(
     """
     pieces, bases, done, first_row = [], [], 0, 0
     groups = pairs.batches(batch)
-    for number, part in enumerate(groups):
-        name = f"{key}:{base}:{number}"
-        kept = store.get(name) if store else None
-        if kept is None:
-            recording = record(model, part, base, capture, paired=paired, capture_base=capture_base)
-            recording = replace(recording, first_row=first_row)
-            wanted = variants(recording)
-            extra = common(recording) if common else {}
-            values = _run(
-                model,
-                recording,
-                wanted,
-                extra,
-                memory_gb,
-                store,
-                name,
-                _shift(progress, done, len(groups), len(wanted)),
-            )
-            with torch.no_grad():
-                own = metric_values(model, part, recording.tape.final)[0].numpy().astype(float)
-            kept = np.concatenate([values, own[None]])
-            if store:
-                store.put(name, kept)
-        done += len(kept) - 1
-        first_row += part.n_rows
-        if progress:
-            progress(done, len(groups) * (len(kept) - 1))
-        pieces.append(kept[:-1])
-        bases.append(kept[-1])
+    with Crew(model) as crew:
+        for number, part in enumerate(groups):
+            name = f"{key}:{base}:{number}"
+            kept = store.get(name) if store else None
+            if kept is None:
+                recording = record(model, part, base, capture, paired=paired, capture_base=capture_base)
+                recording = replace(recording, first_row=first_row)
+                wanted = variants(recording)
+                extra = common(recording) if common else {}
+                values = _run(
+                    model,
+                    recording,
+                    wanted,
+                    extra,
+                    memory_gb,
+                    crew,
+                    store,
+                    name,
+                    _shift(progress, done, len(groups), len(wanted)),
+                )
+                with torch.no_grad():
+                    own = metric_values(model, part, recording.tape.final)[0].numpy().astype(float)
+                kept = np.concatenate([values, own[None]])
+                if store:
+                    store.put(name, kept)
+            done += len(kept) - 1
+            first_row += part.n_rows
+            if progress:
+                progress(done, len(groups) * (len(kept) - 1))
+            pieces.append(kept[:-1])
+            bases.append(kept[-1])
     return Sweep(np.concatenate(pieces, axis=1), np.concatenate(bases))
 
 
@@ -220,35 +223,53 @@ def _run(
     wanted: Sequence[Sequence[Intervention]],
     extra: Mapping[Site, Sequence[Tap]],
     memory_gb: float,
+    crew: Crew,
     store: Store | None,
     name: str,
     progress: Callable[[int], None],
 ) -> NDArray[np.float64]:
-    tape = recording.tape
-    at_once = max(1, int(memory_gb * 2**30 / tape.bytes_per_copy()))
+    tape, pairs = recording.tape, recording.pairs
+    at_once = tape.copies_within(memory_gb / crew.workers)
     by_layer: dict[int, list[int]] = {}
     for i, interventions in enumerate(wanted):
         by_layer.setdefault(_start_layer(model, interventions), []).append(i)
-    out = np.empty((len(wanted), recording.pairs.n_examples))
+    jobs = [
+        (layer, indices[lo : lo + at_once])
+        for layer, indices in sorted(by_layer.items())
+        for lo in range(0, len(indices), at_once)
+    ]
+    out = np.empty((len(wanted), pairs.n_examples))
     done = 0
-    for layer in sorted(by_layer):
-        indices = by_layer[layer]
-        for lo in range(0, len(indices), at_once):
-            chunk = indices[lo : lo + at_once]
-            piece = f"{name}:{chunk[0]}-{chunk[-1]}:{len(chunk)}"
-            values = store.get(piece) if store else None
+
+    def label(chunk: Sequence[int]) -> str:
+        return f"{name}:{chunk[0]}-{chunk[-1]}:{len(chunk)}"
+
+    def replay(mine: Tape, job: tuple[int, list[int]]) -> NDArray[np.float64]:
+        layer, chunk = job
+        both: dict[Site, list[Tap]] = {s: list(f) for s, f in extra.items()}
+        for site, functions in taps([wanted[i] for i in chunk], mine.rows, mine.start).items():
+            both.setdefault(site, []).extend(functions)
+        with torch.no_grad():
+            hidden = mine.replay(layer, len(chunk), both)
+            return metric_values(mine.model, pairs, hidden, len(chunk)).numpy().astype(float)
+
+    def kept() -> Iterator[tuple[tuple[int, list[int]], NDArray[np.float64]]]:
+        todo = []
+        for job in jobs:
+            values = store.get(label(job[1])) if store else None
             if values is None:
-                both: dict[Site, list[Tap]] = {s: list(f) for s, f in extra.items()}
-                for site, functions in taps([wanted[i] for i in chunk], tape.rows, tape.start).items():
-                    both.setdefault(site, []).extend(functions)
-                with torch.no_grad():
-                    hidden = tape.replay(layer, len(chunk), both)
-                    values = metric_values(model, recording.pairs, hidden, len(chunk)).numpy().astype(float)
-                if store:
-                    store.put(piece, values)
-            out[chunk] = values
-            done += len(chunk)
-            progress(done)
+                todo.append(job)
+            else:
+                yield job, values
+        for job, values in crew.run(tape, todo, replay):
+            if store:
+                store.put(label(job[1]), values)
+            yield job, values
+
+    for (_, chunk), values in kept():
+        out[chunk] = values
+        done += len(chunk)
+        progress(done)
     return out
 
 

@@ -18,6 +18,8 @@ from vesalius.model.graph import Bools, EdgeList, Floats, Ints, Level, Universe,
 from vesalius.parts import Address, Edge, Part, parse, parse_part
 from vesalius.scores import Scores
 
+TRIES = 100  # draws of a random circuit that comes out too small
+
 
 @dataclass(frozen=True)
 class Circuit:
@@ -393,6 +395,15 @@ def _members(circuit: Circuit, universe: Universe) -> Ints:
 
 
 def _connected(universe: Universe, size: int, rng: np.random.Generator) -> Bools:
+    """A very small draw can end in a dead end, with one edge left and no path that short: then it is drawn again."""
+    for _ in range(TRIES):
+        mask = _connected_once(universe, size, rng)
+        if mask.sum() == size:
+            break
+    return mask
+
+
+def _connected_once(universe: Universe, size: int, rng: np.random.Generator) -> Bools:
     mask = np.zeros((universe.n_senders, universe.n_receivers), dtype=bool)
     inside = np.zeros(universe.n_senders + 1, dtype=bool)  # nodes with a path from embed and to unembed
     inside[[0, -1]] = True

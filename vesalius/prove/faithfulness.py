@@ -24,11 +24,13 @@ from torch import Tensor
 
 from vesalius.errors import VesaliusError
 from vesalius.model import Model, Pairs, Site
+from vesalius.model.crew import Crew
 from vesalius.model.edges import EdgeRun, write_sites, writes
 from vesalius.model.graph import universe_of
 from vesalius.model.hooks import Tap
 from vesalius.model.intervene import Ablation, locate
 from vesalius.model.reference import Reference
+from vesalius.model.replay import Tape
 from vesalius.model.sweep import BATCH, DEFAULT_MEMORY_GB, Progress, Store, activations, metric_values, record
 from vesalius.parts import Part
 from vesalius.prove.circuit import Circuit
@@ -79,26 +81,27 @@ def evaluate(
     reference = Reference(model, pairs, "corrupted", sites) if ablation in ("mean", "resample") else None
     pieces: list[Floats] = []
     groups, offset = pairs.batches(BATCH), 0
-    for number, group in enumerate(groups):
-        name = f"{key}:{ablation}:{seed}:{len(circuits)}:{number}"
-        values = store.get(name) if store else None
-        if values is None:
-            rest = _rest(model, group, sites, ablation, reference, seed, offset)
+    with Crew(model) as crew:
+        for number, group in enumerate(groups):
+            name = f"{key}:{ablation}:{seed}:{len(circuits)}:{number}"
+            values = store.get(name) if store else None
+            if values is None:
+                rest = _rest(model, group, sites, ablation, reference, seed, offset)
 
-            def done(i: int, number: int = number) -> None:
-                if progress:
-                    progress(number * len(circuits) + i, len(groups) * len(circuits))
+                def done(i: int, number: int = number) -> None:
+                    if progress:
+                        progress(number * len(circuits) + i, len(groups) * len(circuits))
 
-            if universe is not None:
-                masks = [c.mask(universe) for c in circuits]
-                values = _edge_values(model, group, masks, rest, done)
-            else:
-                keep = torch.tensor([[p in c.nodes for p in parts] for c in circuits])
-                values = _node_values(model, group, parts, keep, rest, ablation, memory_gb, done)
-            if store:
-                store.put(name, values)
-        pieces.append(values)
-        offset += group.n_rows
+                if universe is not None:
+                    masks = [c.mask(universe) for c in circuits]
+                    values = _edge_values(model, group, masks, rest, done)
+                else:
+                    keep = torch.tensor([[p in c.nodes for p in parts] for c in circuits])
+                    values = _node_values(model, group, parts, keep, rest, memory_gb, crew, done)
+                if store:
+                    store.put(name, values)
+            pieces.append(values)
+            offset += group.n_rows
     joined = np.concatenate(pieces, axis=1)
     return joined[:-2], Ends(joined[-2], joined[-1])
 
@@ -127,8 +130,8 @@ def _node_values(
     parts: Sequence[Part],
     keep: Tensor,
     rest: Mapping[Site, Tensor] | None,
-    ablation: Ablation,
     memory_gb: float,
+    crew: Crew,
     done: Callable[[int], None],
 ) -> Floats:
     """Rows: every circuit, then the full model, then the empty circuit."""
@@ -136,14 +139,21 @@ def _node_values(
     recording = record(model, pairs, "clean", sites if rest is None else [], paired=rest is None)
     tape = recording.tape
     other = recording.source if rest is None else rest
-    out = []
-    at_once = max(1, int(memory_gb * 2**30 / tape.bytes_per_copy()))
+    at_once = tape.copies_within(memory_gb / crew.workers)
+    starts = range(0, len(keep), at_once)
+
+    def replay(mine: Tape, lo: int) -> Tensor:
+        chunk = keep[lo : lo + at_once]
+        with torch.no_grad():
+            hidden = mine.replay(0, len(chunk), _keep_taps(parts, chunk, other, mine.rows, mine.start))
+            return metric_values(mine.model, pairs, hidden, len(chunk))
+
+    by_start: dict[int, Tensor] = {}
+    for lo, values in crew.run(tape, starts, replay):
+        by_start[lo] = values
+        done(min(len(by_start) * at_once, len(keep)))
+    out = [by_start[lo] for lo in starts]
     with torch.no_grad():
-        for lo in range(0, len(keep), at_once):
-            chunk = keep[lo : lo + at_once]
-            hidden = tape.replay(0, len(chunk), _keep_taps(parts, chunk, other, tape.rows, tape.start))
-            out.append(metric_values(model, pairs, hidden, len(chunk)))
-            done(min(lo + at_once, len(keep)))
         out.append(metric_values(model, pairs, tape.final))
         none = torch.zeros(1, len(parts), dtype=torch.bool)
         taps = _keep_taps(parts, none, other, tape.rows, tape.start)
@@ -151,7 +161,9 @@ def _node_values(
             site = locate(part).site
             taps[site] = [lambda x, s=site: _fit(other[s], x, tape.start)]  # type: ignore[misc]
         out.append(metric_values(model, pairs, tape.replay(0, 1, taps)))
-    return torch.cat(out).double().numpy()
+    found = torch.cat(out).double()
+    found[:-2][~keep.any(1)] = found[-1]  # a circuit without parts is the empty circuit
+    return found.numpy()
 
 
 def _fit(value: Tensor, like: Tensor, start: int) -> Tensor:

@@ -114,7 +114,7 @@ class Bench:
         touched = torch.where(row.sum(-1) > 0, batch.marks.end, -1)
         value = row[:, None].expand(-1, tape.length, -1)  # (row, query, key)
         each = [[Intervention(h, value=value, positions=touched, pattern=True) for h in heads] for heads in variants]
-        at_once = max(1, int(self.memory_gb * 2**30 / tape.bytes_per_copy()))
+        at_once = tape.copies_within(self.memory_gb)
         order = sorted(range(len(each)), key=lambda i: self._first(variants[i]))
         out = [np.zeros((len(each), batch.pairs.n_examples)) for _ in range(4)]
         for lo in range(0, len(order), at_once):

@@ -10,17 +10,18 @@ marked ? may be missing. Scores are positive when the part helps the metric.
 
 **`vesalius circuit`**
 
-- `summary.json` *: `title`?, `model` *, `task` *, `method` *, `level` ("node" or "edge"), `unit`? ("logit
-  difference"), `n_find`, `n_prove` (prompts to find and to prove), `accuracy` (share of prompts on which the model
-  prefers a right answer), `top1` (share on which a right answer is the likeliest token), `logit_diff` (estimate),
-  `corrupted_logit_diff` (estimate), `faithfulness` (estimate, at the chosen size), `ablation`? ("mean" or "resample",
-  of that number), `size` {"heads", "mlps", "edges"}, `total`? the same counts for the whole model,
-  `fraction_of_heads`, `random` (estimate for random circuits of that size), `random_draws`?, `cpr`, `cmd`, `cpr_log`,
-  `cmd_log`, `notes` (list of lines), `command` (as typed), `versions`? (merged over the run's own).
+- `summary.json` *: `title`?, `model` *, `task` *, `method` *, `level` ("node" or "edge"), `metric`? ("logit-diff"),
+  `unit`? ("logit"), `n_find`, `n_prove` (prompts to find and to prove), `accuracy` (share of prompts on which the
+  model prefers a right answer), `top1` (share on which a right answer is the likeliest token), `logit_diff`
+  (estimate), `corrupted_logit_diff` (estimate), `faithfulness` (estimate, at the chosen size), `ablation`? (of that
+  number: "counterfactual", "mean", "resample" or "zero"), `size` {"heads", "mlps", "edges"}, `total`? the same counts
+  for the whole model, `fraction_of_heads`, `random` (estimate for random circuits of that size), `random_draws`?,
+  `cpr`, `cmd`, `cpr_log`, `cmd_log`, `notes` (list of lines), `command` (as typed), `versions`? (merged over the
+  run's own).
 - `scores.parquet`: `part` *, `score` *, `kind`, `layer`, `index`, `low`?, `high`?, `sign_stability`?,
   `place_stability`?, `verified`?, `position`? (as `Scores.to_frame()` gives it; more columns are not looked at). Edge
   scores have edges as parts; then each head's cell on the map is the sum over the edges that leave it.
-- `curve.parquet`: `ablation` * ("mean" or "resample"), `size` * (number of heads and MLPs, or of edges),
+- `curve.parquet`: `ablation` * (the first is drawn first), `size` * (number of heads and MLPs, or of edges),
   `faithfulness` *, `kind` * ("circuit" or "random"), `fraction`?, `low`?, `high`?, `draw`? (one row a draw for random
   circuits).
 - `circuit.json`: `{"parts": [{"part" *, "role"?, "score"?}], "edges": [{"sender" *, "receiver" *, "score"?}]}`;

@@ -24,6 +24,7 @@ def circuit_report(run: Run) -> Path:
     found = tables.circuit(run)
     members = {str(m["part"]): m for m in found[0]} if found else {}
     unit = str(summary.get("unit") or "logit difference")
+    metric = str(summary.get("metric") or unit).replace("-diff", " difference")
     page = Page(
         kind="circuit",
         title=str(summary.get("title") or f"{summary['task']} in {summary['model']}"),
@@ -32,11 +33,11 @@ def circuit_report(run: Run) -> Path:
             for name, key in (("model", "model"), ("task", "task"), ("method", "method"), ("level", "level"))
             if summary.get(key)
         ),
-        lead=_lead(summary, unit),
-        facts=_facts(summary),
+        lead=_lead(summary, metric),
+        facts=_facts(summary, metric),
         warnings=warnings(run),
         sections=[
-            _task(run, summary, unit),
+            _task(run, summary, metric),
             _map(scores, members, unit),
             _graph(found, scores),
             _proof(run, summary),
@@ -57,12 +58,12 @@ def _size(summary: dict[str, Any]) -> list[str]:
     return [count(size[k], noun, total.get(k)) for k, noun in nouns if size.get(k) is not None]
 
 
-def _lead(summary: dict[str, Any], unit: str) -> str:
+def _lead(summary: dict[str, Any], metric: str) -> str:
     accuracy, difference = summary.get("accuracy"), estimate(summary.get("logit_diff"))
     faith, random = estimate(summary.get("faithfulness")), estimate(summary.get("random"))
     text = []
     if accuracy is not None:
-        how = f", by a {unit} of {number(difference.mean)}" if difference.mean is not None else ""
+        how = f", by a {metric} of {number(difference.mean)}" if difference.mean is not None else ""
         text.append(f"The model prefers the right answer on {percent(accuracy)} of the prompts{how}.")
     if faith.mean is not None and (size := _size(summary)):
         rest = f"{summary['ablation']}-ablated" if summary.get("ablation") else "ablated"
@@ -74,7 +75,7 @@ def _lead(summary: dict[str, Any], unit: str) -> str:
     return " ".join(text) or "No headline number was measured."
 
 
-def _facts(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _facts(summary: dict[str, Any], metric: str) -> list[tuple[str, str, str]]:
     def with_interval(value: Estimate, small: str = "") -> tuple[str, str]:
         return number(value.mean), " ".join(t for t in (value.interval, small) if t)
 
@@ -83,7 +84,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         top = summary.get("top1")
         likeliest = f"likeliest token on {percent(top)}" if top is not None else ""
         facts.append(("accuracy", percent(summary["accuracy"]), likeliest))
-    rows = (("logit difference", "logit_diff"), ("faithfulness", "faithfulness"), ("random circuits", "random"))
+    rows = ((metric, "logit_diff"), ("faithfulness", "faithfulness"), ("random circuits", "random"))
     for label, key in rows:
         if (value := estimate(summary.get(key))).mean is not None:
             draws = f"{summary['random_draws']} draws" if key == "random" and summary.get("random_draws") else ""
@@ -98,21 +99,21 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return facts
 
 
-def _task(run: Run, summary: dict[str, Any], unit: str) -> Section:
+def _task(run: Run, summary: dict[str, Any], metric: str) -> Section:
     examples = run.json("examples") if run.has("examples.json") else []
     uses = (("n_find", "find"), ("n_prove", "prove"))
     n = [f"{summary[key]} prompts to {verb} the circuit" for key, verb in uses if summary.get(key)]
     clean, corrupted = estimate(summary.get("logit_diff")), estimate(summary.get("corrupted_logit_diff"))
     remarks = [f"{listed(n)}, none in common." if len(n) == 2 else f"{n[0]}."] if n else []
     if clean.mean is not None and corrupted.mean is not None:
-        remarks.append(f"Mean {unit}: {clean} on the clean prompts, {corrupted} on the corrupted ones.")
+        remarks.append(f"Mean {metric}: {clean} on the clean prompts, {corrupted} on the corrupted ones.")
     if not examples:
         return Section(f"The task: {summary['task']}", missing="no example prompts were stored.", remarks=remarks)
     return Section(
         f"The task: {summary['task']}",
         [tables.example_table(examples)],
         "each corrupted prompt is the clean one with the marked words changed, so that the right answer no longer "
-        f"follows. The {unit} compares the right answer with the wrong one; above zero, the right one wins.",
+        f"follows. The {metric} compares the right answer with the wrong one; above zero, the right one wins.",
         remarks=remarks,
     )
 
@@ -183,8 +184,7 @@ def _proof(run: Run, summary: dict[str, Any]) -> Section:
     size = summary.get("size") or {}
     edge = summary.get("level") == "edge"
     chosen = size.get("edges") if edge else sum(size.get(k) or 0 for k in ("heads", "mlps")) or None
-    kinds = [a for a in ("mean", "resample") if (table["ablation"] == a).any()]
-    kinds += sorted(set(table["ablation"]) - set(kinds))
+    kinds = list(dict.fromkeys(table["ablation"]))
     plots = [charts.curve(table, a, chosen, "edges" if edge else "heads and MLPs") for a in kinds]
     remarks = []
     areas = [
