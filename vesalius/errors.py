@@ -24,9 +24,9 @@ class UnknownName(VesaliusError):
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        guess = "; did you mean " + " or ".join(f"'{n}'" for n in near) + "?" if near else ";"
+        guess = "; did you mean " + " or ".join(f"'{n}'" for n in near) + "?" if near else ""
         shown = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-        text = f"unknown {kind} '{name}'{guess} (known: {shown})"
+        text = f"unknown {kind} '{name}'{guess}" + (f" (known: {shown})" if names else "; there are none")
         super().__init__(text + (f" {hint}" if hint else ""))
 
 

@@ -66,7 +66,7 @@ def test_defaults_written_out_are_the_same_request() -> None:
     [
         (lambda: task("iio"), "did you mean 'ioi'"),
         (lambda: task("ioi", corupt="abc"), "task 'ioi': unknown parameter 'corupt'; did you mean 'corruption'"),
-        (lambda: task("colored-objects", x=1), "unknown parameter 'x'; (known: ); it has none"),
+        (lambda: task("colored-objects", x=1), "unknown parameter 'x'; there are none"),
         (lambda: task("ioi", order="abc"), "task 'ioi': order must be one of 'both', 'abba', 'baba', not 'abc'"),
         (lambda: task("induction", length="many"), "length must be of type int, not 'many'"),
         (lambda: task("induction", length=2.5), "length must be of type int, not 2.5"),

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from vesalius.cli import options as o
 from vesalius.cli.circuit_study import CircuitRequest, CircuitStudy
-from vesalius.cli.console import Screen, set_threads, settings
+from vesalius.cli.console import Screen, estimate, set_threads, settings
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.find.base import METHODS, parameters
 from vesalius.report import circuit_report
@@ -80,15 +80,16 @@ def circuit(
     chosen = _method_options(method, level, direction, steps, budget, position, method_set)
     wanted = _ablations(ablations)
     others = _compared(compare, method, level)
-    if memory <= 0:
-        raise VesaliusError(f"--memory {memory} leaves no working memory; give GiB above 0")
+    o.check_memory(memory)
+    if not 0 <= min_accuracy <= 1:
+        raise VesaliusError(f"--min-accuracy {min_accuracy:g} is no accuracy; give a number from 0 to 1")
     made = o.task_of(task, n, seed, task_set, default_n=32)
     opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
     finding, proving = made.halves()
     if prove_n is not None:
         proving = finding.held_out(prove_n)
     with screen.step("drawing prompts"):
-        pairs = finding.pairs(opened)
+        pairs = finding.pairs(opened, require_single="direct" in (method, *others))
         held_out = proving.pairs(opened)
     try:
         request = CircuitRequest(
@@ -109,7 +110,9 @@ def circuit(
         )
     except ValidationError as error:
         first = error.errors()[0]
-        raise VesaliusError(f"--{'-'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}") from None
+        raise VesaliusError(
+            f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}, not {first['input']!r}"
+        ) from None
     command = "vesalius " + shlex.join(sys.argv[1:])
     with Run.start({"command": "circuit", **request.model_dump()}, out, fresh, command) as run:
         if not run.done:
@@ -142,6 +145,14 @@ def _method_options(
     known = parameters(method)
     if level not in ("node", "edge"):
         raise UnknownName("level", level, ("node", "edge"))
+    able = [e.name for e in METHODS if level in e.info.get("levels", ("node",))]
+    if method not in able:
+        raise VesaliusError(f"{method} does not score {level}s; methods that do: {', '.join(able)}")
+    if direction not in (None, "denoise", "noise"):
+        raise UnknownName("direction", str(direction), ("denoise", "noise"))
+    for name, value, least in (("steps", steps, 1), ("budget", budget, 2)):
+        if value is not None and value < least:
+            raise VesaliusError(f"--{name} {value} is too few; give at least {least}")
     given = {"direction": direction, "steps": steps, "budget": budget, "position": position}
     found = {k: v for k, v in given.items() if v is not None}
     if method == "activation-patching":
@@ -176,16 +187,16 @@ def _compared(compare: str | None, method: str, level: str) -> list[str]:
 
 def _show(screen: Screen, run: Run, report: Path) -> None:
     s = run.json("summary")
-    f, r = s["faithfulness"], s["random"]
+    r = s["random"]
     size = ", ".join(f"{s['size'][k]} of {s['total'][k]} {'MLPs' if k == 'mlps' else k}" for k in s["size"])
     chance = ""
     if r:
-        draws = f"at most {r['high']:.2f}, {s['random_draws']} draws"
-        chance = f"; random circuits of its size {r['mean']:.2f} ({draws})"
+        draws = f"at most {estimate(r['high'])}, {s['random_draws']} draws"
+        chance = f"; random circuits of its size {estimate(r['mean'])} ({draws})"
     top = run.scores("scores").top(10).to_frame()[["part", "score", "low", "high", "sign_stability"]]
     lines: list[Any] = [
         f"\n{s['task']} on {s['model']} by {s['method']}: {size}",
-        f"faithfulness {f['mean']:.2f} [{f['low']:.2f}, {f['high']:.2f}] on {s['n_prove']} held-out prompts "
+        f"faithfulness {estimate(s['faithfulness'])} on {s['n_prove']} held-out prompts "
         f"({s['ablation']} ablation){chance}\n",
         top.rename(columns={"sign_stability": "sign kept"}),
         "",

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
-from vesalius.cli.console import RunStore, Screen
+from vesalius.cli.console import RunStore, Screen, estimate
 from vesalius.errors import VesaliusError
 from vesalius.find.base import find, parameters
 from vesalius.model import Model, Pairs, Site
@@ -94,7 +94,7 @@ class CircuitStudy:
         top1 = f"top-1 {found.top1:.2f}, " if found.top1 is not None else ""
         self.screen.note(
             f"{self.model.name} on {self.request.task}: accuracy {found.accuracy:.2f} (chance {found.chance:.2f}), "
-            f"{top1}{metric.name} {clean['mean']:.2f} [{clean['low']:.2f}, {clean['high']:.2f}] {metric.unit} clean, "
+            f"{top1}{metric.name} {estimate(clean)} {metric.unit} clean, "
             f"{found.corrupted.mean():.2f} corrupted, {self.pairs.n_examples} prompts"
         )
         if found.accuracy < self.min_accuracy:

@@ -37,7 +37,7 @@ class Screen:
     @contextmanager
     def step(self, name: str) -> Iterator[Callable[..., None]]:
         """A long step: yields a callback that takes (done, total) or (message, fraction)."""
-        began = time.monotonic()
+        began, said = time.monotonic(), set[str]()
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -50,6 +50,9 @@ class Screen:
 
             def report(first: Any, second: Any = None) -> None:
                 if isinstance(first, str):
+                    if not self.err.is_terminal and first not in said:
+                        said.add(first)
+                        self.err.print(f"  {first} ...", style="dim", markup=False)
                     bar.update(task, description=first, total=None if second is None else 1.0, completed=second or 0)
                 else:
                     bar.update(task, completed=first, total=second)

