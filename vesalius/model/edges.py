@@ -93,7 +93,8 @@ def edge_scores(model: Model, diff: Differences, steps: int, side: Side, rules: 
             for layer, block in enumerate(model.anatomy.main.blocks):
                 reading = _receiver_gradients(model, block, run.acts, run.grads, frozen)  # (row, receiver, pos, d)
                 n, r = graph.before_mlp(layer), graph.block_columns(layer)
-                scores[:, :n, r] = torch.bmm(delta[:, :n], reading.flatten(2).transpose(1, 2)).float().cpu()
+                reading = reading.flatten(2).transpose(1, 2).to(delta.dtype)
+                scores[:, :n, r] = torch.bmm(delta[:, :n], reading).float().cpu()
             last = run.grads[Site("resid_post", model.n_layers - 1)]
             scores[:, :, -1] = torch.bmm(delta, last.flatten(1).unsqueeze(2)).squeeze(2).float().cpu()
         total = scores if total is None else total + scores

@@ -99,7 +99,7 @@ class Differences:
 
         taps: dict[Site, list[Tap]] = {first: [leaf]}
         if model.kind == "encoder-decoder":
-            taps[Site("resid_pre", 0, "enc")] = [lambda x: x.detach().requires_grad_()]
+            taps = {first: [lambda x: x.detach().requires_grad_()], Site("resid_pre", 0, "enc"): [leaf]}
         for site in self.sites:
             taps.setdefault(site, []).append(watch(site))
         with ExitStack() as exits, torch.enable_grad(), memory_errors():

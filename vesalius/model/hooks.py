@@ -179,9 +179,6 @@ class Hooks:
             hidden = args[0] if args else kwargs["hidden_states"]
             shape["batch"], shape["resid_pre"] = hidden.shape[:-1], hidden
 
-        if "mlp_in" in sites or "neurons" in sites or "mlp_out" in sites or "resid_mid" in sites:
-            self._handles.append(block.module.register_forward_pre_hook(note_shape, with_kwargs=True))
-
         def run(functions: Sequence[Tap], x: Tensor, unflatten: bool = False) -> Tensor | None:
             """Runs taps on x; restores the (batch, pos) axes that some MLPs flatten away. None if nothing changed."""
             view = x.view(*shape["batch"], x.shape[-1]) if unflatten and x.dim() == 2 else x
@@ -223,6 +220,8 @@ class Hooks:
 
         if "resid_pre" in sites:
             on_input(block.module, sites["resid_pre"])
+        if "mlp_in" in sites or "neurons" in sites or "mlp_out" in sites or "resid_mid" in sites:  # after its taps
+            self._handles.append(block.module.register_forward_pre_hook(note_shape, with_kwargs=True))
         attn_end = block.norm_attn_out.module if block.norm_attn_out else block.o
         mlp_end = block.norm_mlp_out.module if block.norm_mlp_out else block.down
         if "z" in sites:

@@ -111,7 +111,8 @@ def embedded(model: Model, ids: Tensor, pairs: Pairs) -> Tensor:
         found.append(args[0] if args else kwargs["hidden_states"])
         raise _Stop
 
-    handle = model.anatomy.main.blocks[0].module.register_forward_pre_hook(stop, with_kwargs=True)
+    stack = model.anatomy.stacks.get("enc", model.anatomy.main)
+    handle = stack.blocks[0].module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad(), memory_errors():
             model.hf.base_model(**model.inputs(ids, pairs.mask, pairs.decoder))
