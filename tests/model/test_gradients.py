@@ -187,7 +187,7 @@ def test_edge_runs_at_both_ends_and_against_first_order(family: str) -> None:
 @pytest.mark.parametrize("family", CAUSAL)
 def test_graph_has_every_edge_forward_and_none_back(family: str) -> None:
     if family == "opt-350m":
-        pytest.skip("normalises its residual stream: edges are refused, see test_find")
+        pytest.skip("normalises its residual stream: edges are refused (tests/find/test_methods.py)")
     graph = universe_of(tiny(family))
     for u, sender in enumerate(graph.senders):
         for r, receiver in enumerate(graph.receivers):

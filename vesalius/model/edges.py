@@ -80,14 +80,18 @@ def edge_scores(model: Model, diff: Differences, steps: int, side: Side, rules: 
         rules: propagation rules in place of the plain gradient.
     """
     graph = universe_of(model)
-    clean, corrupted = diff.activations("clean"), diff.activations("corrupted")
     frozen = rules is not None and rules.norm
-    delta = (writes(model, clean) - writes(model, corrupted)).flatten(2)  # (row, sender, pos * d)
+    alone = None if steps else diff.gradients(side, rules)  # its activations are that side's
+    clean, corrupted = (
+        alone.acts if alone is not None and side == one else diff.activations(one) for one in ("clean", "corrupted")
+    )
+    with torch.no_grad():
+        delta = (writes(model, clean) - writes(model, corrupted)).flatten(2)  # (row, sender, pos * d)
     total: Tensor | None = None
     embeds = (diff.embedding("clean"), diff.embedding("corrupted")) if steps else None
     for k in range(1, max(steps, 1) + 1):
         start = None if embeds is None else embeds[1] + (k / steps) * (embeds[0] - embeds[1])
-        run = diff.gradients(side, rules, hidden=start)
+        run = alone or diff.gradients(side, rules, hidden=start)
         with torch.no_grad(), memory_errors():
             scores = torch.zeros(delta.shape[0], graph.n_senders, graph.n_receivers)
             for layer, block in enumerate(model.anatomy.main.blocks):

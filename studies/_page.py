@@ -1,0 +1,56 @@
+"""What every study does: run commands, keep their results, write a page of docs/results/."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs" / "studies"
+RESULTS = ROOT / "docs" / "results"
+
+
+def run(arguments: str) -> dict[str, Any]:
+    """The result of `vesalius ARGUMENTS --json`; a finished run is found again, a refusal ends the study."""
+    print(f"vesalius {arguments}", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "vesalius", *arguments.split(), "--json", "--out", str(RUNS)]
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"'vesalius {arguments}' ended with {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def estimate(value: Mapping[str, float | None] | float | None, digits: int = 2) -> str:
+    """A number with its 95 % interval."""
+    if value is None:
+        return "-"
+    if not isinstance(value, Mapping):
+        return f"{value:.{digits}f}"
+    mean, low, high = (value.get(k) for k in ("mean", "low", "high"))
+    if mean is None:
+        return "-"
+    return f"{mean:.{digits}f}" + ("" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def write(name: str, title: str, study: str, *body: str) -> None:
+    """Writes docs/results/NAME.md; `study` is the command that makes the page."""
+    versions = ", ".join(f"{p} {version(p)}" for p in ("vesalius", "torch", "transformers"))
+    head = f"# {title}\n\nMeasured by `{study}`, seed 0, float32 on a CPU ({versions}).\n"
+    text = "\n".join([head, *(part.strip() + "\n" for part in body)])
+    (RESULTS / f"{name}.md").write_text(text)
+    print(f"wrote docs/results/{name}.md", file=sys.stderr)
