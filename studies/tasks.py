@@ -41,9 +41,9 @@ def main() -> None:
         "Every task on SmolLM2-135M-Instruct",
         "python studies/tasks.py",
         "Exact activation patching (noising) on 32 prompts; the smallest circuit that reaches 0.85 there with at most "
-        "a quarter of the heads, or the most faithful one; faithfulness on 32 held-out prompts; "
-        "counterfactual ablation; the largest of ten random circuits of its size. A task that the model cannot do needs `--anyway`, and its "
-        "circuit means little.",
+        "a quarter of the heads, or the most faithful one; faithfulness on 32 held-out prompts, counterfactual "
+        "ablation; the largest of ten random circuits of its size. A task that the model cannot do needs `--anyway`, "
+        "and its circuit means little.",
         table(header, rows),
     )
 
