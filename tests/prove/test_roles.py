@@ -16,7 +16,8 @@ from vesalius.errors import UnknownName, VesaliusError
 from vesalius.model import Intervention, Model, Pairs, Site
 from vesalius.model.replay import Tape
 from vesalius.parts import Part, parse_part
-from vesalius.prove.roles import landmarks, roles, watch_shares
+from vesalius.prove.landmarks import landmarks
+from vesalius.prove.roles import roles, watch_shares
 
 PLANTED = [("induction", "induction"), ("name-mover", "ioi"), ("name-mover", "who-stayed")]
 

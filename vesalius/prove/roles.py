@@ -45,6 +45,7 @@ from vesalius.model.memory import memory_errors
 from vesalius.model.replay import Tape
 from vesalius.model.sweep import BATCH, Progress
 from vesalius.parts import Part, parse_part
+from vesalius.prove.landmarks import LOOKS, NULL_DRAWS, Landmarks, Look, landmarks, looks_of
 from vesalius.scores import Scores, bootstrap_mean
 
 Floats = NDArray[np.float64]
@@ -63,160 +64,6 @@ MARGIN = 0.1  # attention by which a role's score must exceed its null
 NOTABLE = 0.01  # a direct effect counts from this share of all heads' direct effects (taken absolutely) on
 MATTERS = 0.002  # a head takes part from this share of all heads' effects (taken absolutely) on
 SHIFT = 0.1  # nats by which the movers' log odds, wrong over right, must rise for inhibition or gathering
-NULL_DRAWS = 64
-
-# Names under which tasks list these tokens; where a task has none of them, they are found by token identity.
-RIGHT_NAMES = ("IO", "right-color", "right")
-WRONG_NAMES = ("S2", "wrong-color", "other-color", "wrong")
-ASKED_NAMES = ("S2", "query", "asked")
-
-_LOOKS = ("previous", "previous_asked", "duplicate", "induction", "right", "wrong", "asked", "asked_or_wrong")
-
-
-@dataclass(frozen=True)
-class Landmarks:
-    """Where the tokens are that roles are defined by.
-
-    Attributes:
-        end: where the answer is read, (row,).
-        right: tokens that are the right answer, (row, pos).
-        wrong: of each wrong candidate the last mention, (row, pos).
-        mentions: every mention of a wrong candidate, (row, pos).
-        asked: what is asked about: named by the task, else tokens that the counterfactual changes and that are not the
-            right answer, (row, pos).
-        focus: tokens of the task: all of these, and whatever the counterfactual changes, (row, pos).
-        named: for right, wrong and asked, how they were found.
-    """
-
-    end: Tensor
-    right: Tensor
-    wrong: Tensor
-    mentions: Tensor
-    asked: Tensor
-    focus: Tensor
-    named: Mapping[str, str]
-
-
-def landmarks(model: Model, pairs: Pairs) -> Landmarks:
-    """Finds the tokens of a task in its clean prompts.
-
-    Raises:
-        VesaliusError: for models that are not causal, and answers of several tokens.
-    """
-    if model.kind != "causal":
-        raise VesaliusError(f"{model.name} is {model.kind}; roles are defined for causal language models")
-    if pairs.targets is not None:
-        raise VesaliusError("roles need answers of one token; build the task with scoring='single'")
-    end = pairs.reads[:, 0]
-    columns = torch.arange(pairs.length)
-    before = pairs.mask.bool() & (columns[None] < end[:, None])  # (row, pos)
-    alike = _alike(model)
-
-    def named(names: Sequence[str]) -> Tensor | None:
-        known = [pairs.positions[n] for n in names if n in pairs.positions]
-        if not known:
-            return None
-        found = torch.zeros(pairs.n_rows, pairs.length + 1, dtype=torch.bool)
-        for at in known:
-            found[torch.arange(pairs.n_rows), torch.where(at < 0, pairs.length, at)] = True
-        return found[:, :-1] & before
-
-    def holding(row: int, token: int) -> Tensor:
-        exact = (pairs.clean[row] == token) & before[row]
-        if bool(exact.any()):
-            return exact
-        text = alike(token)
-        return torch.tensor([text != "" and alike(int(t)) == text for t in pairs.clean[row]]) & before[row]
-
-    right, wrong, mentions = (torch.zeros_like(before) for _ in range(3))
-    for row in range(pairs.n_rows):
-        example = int(pairs.row_example[row])
-        answers = set(pairs.answers[example])
-        others = pairs.wrong[example] if pairs.options is None else pairs.options[example]
-        for token in answers:
-            right[row] |= holding(row, token)
-        for token in set(others) - answers:
-            at = holding(row, token).nonzero().flatten()
-            wrong[row, at[-1:]] = True
-            mentions[row, at] = True
-    differs = (pairs.clean != pairs.corrupted) & before
-    by_name = {"right": named(RIGHT_NAMES), "wrong": named(WRONG_NAMES), "asked": named(ASKED_NAMES)}
-    by_token = {"right": right, "wrong": wrong, "asked": differs & ~right}
-    found = {k: by_token[k] if v is None else v for k, v in by_name.items()}
-    found["wrong"] = found["wrong"] & ~found["right"]
-    mentions = (mentions | found["wrong"]) & ~found["right"]
-    how = {k: "token identity" if v is None else "named by the task" for k, v in by_name.items()}
-    focus = differs | found["right"] | mentions | found["asked"]
-    return Landmarks(end, found["right"], found["wrong"], mentions, found["asked"], focus, how)
-
-
-def _alike(model: Model) -> Callable[[int], str]:
-    """The text of a token without case and space around it, "" where there is no tokenizer."""
-    known: dict[int, str] = {}
-
-    def text(token: int) -> str:
-        if token not in known:
-            known[token] = "" if model.tokenizer is None else str(model.tokenizer.decode([token])).strip().casefold()
-        return known[token]
-
-    return text
-
-
-class _Look(NamedTuple):
-    """Query-key pairs whose attention is summed, with weights that sum to 1 over the queries of a row."""
-
-    rows: Tensor
-    queries: Tensor
-    keys: Tensor
-    weights: Tensor
-    other: Tensor  # random keys of the same queries, (pair, draw)
-    present: Tensor  # (row,): the row has such a query
-
-    @classmethod
-    def of(cls, wanted: Tensor, allowed: Tensor, rng: torch.Generator) -> _Look:
-        """From the wanted pairs and the keys that random ones are drawn from, both (row, query, key)."""
-        rows, queries, keys = wanted.nonzero(as_tuple=True)
-        asking = wanted.any(-1)  # (row, query)
-        weights = (1.0 / asking.sum(-1).clamp(min=1))[rows]
-        pool = allowed[rows, queries]
-        usable = pool.any(-1)
-        rows, queries, keys, weights, pool = (x[usable] for x in (rows, queries, keys, weights, pool))
-        other = torch.zeros(len(rows), NULL_DRAWS, dtype=torch.long)
-        if len(rows):
-            other = torch.multinomial(pool.float(), NULL_DRAWS, replacement=True, generator=rng)
-        present = torch.zeros(wanted.shape[0], dtype=torch.bool)
-        present[rows] = True
-        return cls(rows, queries, keys, weights, other, present)
-
-
-def _looks(pairs: Pairs, marks: Landmarks, rng: torch.Generator) -> dict[str, _Look]:
-    rows, length = pairs.clean.shape
-    column = torch.arange(length)
-    real = pairs.mask.bool()
-    first = real.long().argmax(1)
-    causal = real[:, :, None] & real[:, None, :] & (column[None, :, None] >= column[None, None, :])
-    allowed = causal & (column[None, None, :] > first[:, None, None])
-    earlier = allowed & (column[:, None] > column[None, :])
-    end = torch.zeros_like(real)
-    end[torch.arange(rows), marks.end] = True
-    same = earlier & (pairs.clean[:, :, None] == pairs.clean[:, None, :])  # an earlier occurrence of the same token
-    follows = torch.zeros_like(same)
-    follows[:, :, 1:] = same[:, :, :-1]
-    follows &= earlier
-    focus, from_end = marks.focus[:, :, None], end[:, :, None]
-    before = earlier & (column[:, None] == column[None, :] + 1)
-    asked = marks.asked & (column[None] < marks.end[:, None])
-    wanted = {
-        "previous": before,
-        "previous_asked": before & marks.asked[:, :, None],
-        "duplicate": same & focus,
-        "induction": follows & (focus | from_end),
-        "right": earlier & from_end & marks.right[:, None, :] & ~follows,
-        "wrong": earlier & from_end & marks.wrong[:, None, :],
-        "asked": earlier & from_end & asked[:, None, :],
-        "asked_or_wrong": earlier & from_end & (asked | marks.wrong)[:, None, :],
-    }
-    return {name: _Look.of(pairs_, allowed, rng) for name, pairs_ in wanted.items()}
 
 
 @dataclass(frozen=True)
@@ -316,7 +163,7 @@ def roles(
     matters = np.abs(effect) >= MATTERS * max(float(np.nansum(np.abs(effect))), 1e-12)
     helps, harms = notable & (low > 0), notable & (high < 0)
     score, null = found.score, found.null
-    passes = {k: score[k] >= null[k] + margin for k in _LOOKS}  # NaN compares as False
+    passes = {k: score[k] >= null[k] + margin for k in LOOKS}  # NaN compares as False
     moves = passes["right"] & (helps | harms)
     candidates = [i for i in np.flatnonzero(passes["asked_or_wrong"] & ~notable).tolist()]
     shifts = _knock_out(model, pairs, heads, candidates, np.where(moves, np.abs(mean), 0.0), seed, progress, steps)
@@ -412,14 +259,14 @@ def _attention(
     """Mean attention of every head where each look asks, and at random tokens."""
     layers, n_heads = model.n_layers, model.n_heads
     rng = torch.Generator().manual_seed(seed)
-    total = {k: torch.zeros(layers, n_heads, dtype=torch.float64) for k in _LOOKS}
-    chance = {k: torch.zeros(NULL_DRAWS, layers, n_heads, dtype=torch.float64) for k in _LOOKS}
-    rows = dict.fromkeys(_LOOKS, 0)
+    total = {k: torch.zeros(layers, n_heads, dtype=torch.float64) for k in LOOKS}
+    chance = {k: torch.zeros(NULL_DRAWS, layers, n_heads, dtype=torch.float64) for k in LOOKS}
+    rows = dict.fromkeys(LOOKS, 0)
     prefix = model.anatomy.main.prefix
     for number, group in enumerate(pairs.batches(BATCH)):
-        looks = _looks(group, landmarks(model, group), rng)
+        looks = looks_of(group, landmarks(model, group), rng)
 
-        def read(layer: int, looks: Mapping[str, _Look] = looks) -> Tap:
+        def read(layer: int, looks: Mapping[str, Look] = looks) -> Tap:
             def tap(pattern: Tensor) -> None:
                 x = pattern.float().cpu().permute(0, 2, 3, 1)  # (row, query, key, head)
                 for name, look in looks.items():
@@ -437,7 +284,7 @@ def _attention(
     at = [(p.layer or 0, p.index or 0) for p in heads]
     where = tuple(torch.tensor(at).T)
     score, null = {}, {}
-    for name in _LOOKS:
+    for name in LOOKS:
         n = rows[name] or float("nan")
         score[name] = (total[name][where] / n).numpy()
         drawn = (chance[name][:, where[0], where[1]] / n).numpy()

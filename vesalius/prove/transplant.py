@@ -31,7 +31,8 @@ from vesalius.model.intervene import taps
 from vesalius.model.replay import Tape
 from vesalius.model.sweep import BATCH, DEFAULT_MEMORY_GB, Progress, metric_values
 from vesalius.parts import Part
-from vesalius.prove.roles import Landmarks, Roles, landmarks, watch_shares
+from vesalius.prove.landmarks import Landmarks, landmarks
+from vesalius.prove.roles import Roles, watch_shares
 from vesalius.scores import Scores, bootstrap_mean
 from vesalius.tasks.metrics import LogitDiff, accuracy
 
