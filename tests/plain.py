@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pairs import PlainLogitDiff
 from torch import Tensor, nn
 
@@ -191,3 +193,20 @@ def padded_pairs(model: Model, lengths: list[int], padding: str, shared: int = 0
         positions={"first": torch.tensor(starts), "end": torch.tensor(last), "second": torch.tensor(starts) + 1},
         decoder=torch.tensor([[0, 7, 8]] * rows) if seq2seq else None,
     )
+
+
+class Shelf:
+    """A store that is struck down when its k-th piece is about to be kept, and refuses to keep a piece twice."""
+
+    def __init__(self, pieces: int = 10**9) -> None:
+        self.pieces = pieces
+        self.kept: dict[str, NDArray[np.float64]] = {}
+
+    def get(self, key: str) -> NDArray[np.float64] | None:
+        return self.kept.get(key)
+
+    def put(self, key: str, values: NDArray[np.float64]) -> None:
+        if len(self.kept) == self.pieces:
+            raise KeyboardInterrupt
+        assert key not in self.kept  # nothing is computed twice
+        self.kept[key] = values.copy()

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from families import tiny
-from numpy.typing import NDArray
 from pairs import random_pairs
-from plain import padded_pairs, patched, prompts, put, record
+from plain import Shelf, padded_pairs, patched, prompts, put, record
 
 from vesalius.model import Intervention, Model, Pairs
 from vesalius.model.intervene import locate, sites_of
@@ -133,27 +132,6 @@ def test_the_budget_bounds_the_batch() -> None:
     assert widest(1e-12) < widest(5e-4) < widest(1.0)
 
 
-class Stopped(KeyboardInterrupt):
-    pass
-
-
-class Shelf:
-    """A store that is struck down when its k-th piece is about to be kept."""
-
-    def __init__(self, pieces: int = 10**9) -> None:
-        self.pieces = pieces
-        self.kept: dict[str, NDArray[np.float64]] = {}
-
-    def get(self, key: str) -> NDArray[np.float64] | None:
-        return self.kept.get(key)
-
-    def put(self, key: str, values: NDArray[np.float64]) -> None:
-        if len(self.kept) == self.pieces:
-            raise Stopped
-        assert key not in self.kept  # nothing is computed twice
-        self.kept[key] = values.copy()
-
-
 @pytest.mark.parametrize("family", ["llama", "bert"])
 @pytest.mark.parametrize("pieces", [0, 1, 4, 7])
 def test_a_killed_sweep_goes_on_where_it_stopped(family: str, pieces: int) -> None:
@@ -174,7 +152,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(family: str, pieces: int) -> No
 
     whole, all_rows = blocks(None)
     shelf = Shelf(pieces)
-    with pytest.raises(Stopped):
+    with pytest.raises(KeyboardInterrupt):
         blocks(shelf)
     assert len(shelf.kept) == pieces
     before = dict(shelf.kept)

@@ -11,7 +11,7 @@ import torch
 from families import tiny
 from numpy.typing import NDArray
 from pairs import random_pairs
-from plain import padded_pairs, patched, prompts, put, record
+from plain import Shelf, padded_pairs, patched, prompts, put, record
 from torch import Tensor
 
 from vesalius.errors import VesaliusError
@@ -187,23 +187,6 @@ def test_memory_and_company_change_nothing(level: str) -> None:
     assert np.abs(whole - alone).max() < 1e-4
     assert np.abs(whole[:, [17, 2, 8]] - few).max() < 1e-4
     assert np.abs(ends.empty[[17, 2, 8]] - some.empty).max() < 1e-4
-
-
-class Shelf:
-    """A store that is struck down when its k-th piece is about to be kept."""
-
-    def __init__(self, pieces: int) -> None:
-        self.pieces = pieces
-        self.kept: dict[str, NDArray[np.float64]] = {}
-
-    def get(self, key: str) -> NDArray[np.float64] | None:
-        return self.kept.get(key)
-
-    def put(self, key: str, values: NDArray[np.float64]) -> None:
-        if len(self.kept) == self.pieces:
-            raise KeyboardInterrupt
-        assert key not in self.kept
-        self.kept[key] = values.copy()
 
 
 @pytest.mark.parametrize("level", ["node", "edge"])

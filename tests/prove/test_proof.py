@@ -13,7 +13,7 @@ import torch
 from families import tiny
 from numpy.typing import NDArray
 from pairs import random_pairs
-from plain import padded_pairs, patched, prompts, put, record
+from plain import Shelf, padded_pairs, patched, prompts, put, record
 from reuse_helpers import Subject, subject
 
 import vesalius
@@ -240,23 +240,6 @@ def test_the_same_seed_is_the_same_proof() -> None:
     assert a.curve_frame().equals(b.curve_frame()) and a.completeness.equals(b.completeness)
     assert np.array_equal(a.random["resample"], b.random["resample"])
     assert not np.array_equal(a.random["resample"], c.random["resample"])
-
-
-class Shelf:
-    """A store that is struck down when its k-th piece is about to be kept."""
-
-    def __init__(self, pieces: int) -> None:
-        self.pieces = pieces
-        self.kept: dict[str, NDArray[np.float64]] = {}
-
-    def get(self, key: str) -> NDArray[np.float64] | None:
-        return self.kept.get(key)
-
-    def put(self, key: str, values: NDArray[np.float64]) -> None:
-        if len(self.kept) == self.pieces:
-            raise KeyboardInterrupt
-        assert key not in self.kept
-        self.kept[key] = values.copy()
 
 
 def test_a_killed_proof_goes_on_with_the_same_numbers() -> None:
