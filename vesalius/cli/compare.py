@@ -91,7 +91,7 @@ def compare(
         made.save_json("summary", {"runs": entries, "notes": notes, "command": command})
         made.save_table("matrix", matrix)
         made.save_table("top", pd.DataFrame(tops))
-        path = compare_report(made)
+    path = compare_report(made)
     Screen(as_json).show(
         {"runs": entries, "matrix": rows, "notes": notes, "run": str(made.folder), "report": str(path)},
         shown,

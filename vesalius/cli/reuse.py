@@ -120,8 +120,7 @@ def reuse(
                     run.save_table(name, table)
                 else:
                     run.save_json(name, table | {"command": command} if name == "summary" else table)
-            with run.stage("report"):
-                reuse_report(run)
+    reuse_report(run)
     _show(screen, run)
 
 

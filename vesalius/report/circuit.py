@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas as pd
 
 from vesalius.report import charts, graph, tables
 from vesalius.report.page import Page, Section, record, warnings, write
-from vesalius.report.words import Estimate, count, estimate, listed, number, percent
+from vesalius.report.words import Estimate, count, estimate, listed, metric_name, number, percent, share
 from vesalius.runs import Run
 
 
@@ -24,7 +25,7 @@ def circuit_report(run: Run) -> Path:
     found = tables.circuit(run)
     members = {str(m["part"]): m for m in found[0]} if found else {}
     unit = str(summary.get("unit") or "logit difference")
-    metric = str(summary.get("metric") or unit).replace("-diff", " difference")
+    metric = metric_name(str(summary.get("metric") or unit))
     page = Page(
         kind="circuit",
         title=str(summary.get("title") or f"{summary['task']} in {summary['model']}"),
@@ -68,16 +69,17 @@ def _lead(summary: dict[str, Any], metric: str) -> str:
     if faith.mean is not None and (size := _size(summary)):
         rest = f"{summary['ablation']}-ablated" if summary.get("ablation") else "ablated"
         held = " on prompts not used to find them" if summary.get("n_prove") else ""
-        kept = number(faith.mean)
+        kept = share(faith.mean)
         text.append(f"With {listed(size)} left in place and the rest {rest}, {kept} of that remains{held}.")
         if random.mean is not None:
-            text.append(f"Random circuits of the same size keep {number(random.mean)}.")
+            text.append(f"Random circuits of the same size keep {share(random.mean)}.")
     return " ".join(text) or "No headline number was measured."
 
 
 def _facts(summary: dict[str, Any], metric: str) -> list[tuple[str, str, str]]:
-    def with_interval(value: Estimate, small: str = "") -> tuple[str, str]:
-        return number(value.mean), " ".join(t for t in (value.interval, small) if t)
+    def with_interval(value: Estimate, small: str, show: Callable[[float | None], str]) -> tuple[str, str]:
+        interval = "" if value.low is None or value.high is None else f"[{show(value.low)}, {show(value.high)}]"
+        return show(value.mean), " ".join(t for t in (interval, small) if t)
 
     facts = []
     if summary.get("accuracy") is not None:
@@ -88,13 +90,13 @@ def _facts(summary: dict[str, Any], metric: str) -> list[tuple[str, str, str]]:
     for label, key in rows:
         if (value := estimate(summary.get(key))).mean is not None:
             draws = f"{summary['random_draws']} draws" if key == "random" and summary.get("random_draws") else ""
-            facts.append((label, *with_interval(value, draws)))
+            facts.append((label, *with_interval(value, draws, number if key == "logit_diff" else share)))
     size, total = summary.get("size") or {}, summary.get("total") or {}
-    share = summary.get("fraction_of_heads")
+    part_of_heads = summary.get("fraction_of_heads")
     for key, label in (("heads", "heads"), ("mlps", "MLPs"), ("edges", "edges")):
         if size.get(key) is not None:
             of = f"of {total[key]}" if total.get(key) else ""
-            part = f"{percent(share)} of them" if key == "heads" and share is not None else ""
+            part = f"{percent(part_of_heads)} of them" if key == "heads" and part_of_heads is not None else ""
             facts.append((label, str(size[key]), ", ".join(t for t in (of, part) if t)))
     return facts
 

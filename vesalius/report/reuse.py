@@ -144,7 +144,9 @@ def _parts(names: list[str], members: list[Members]) -> Section:
         for o in own:
             row += [None if o is None else o.get("score"), None if o is None else o.get("role")]
         rows.append(row)
-    rows.sort(key=lambda r: (r[1] != "shared by all", r[1]))
+    rows.sort(
+        key=lambda r: (r[1] != "shared by all", r[1], -max((abs(v) for v in r[2::2] if v is not None), default=0))
+    )
     heads = ["part", "in"] + [t for n in names for t in (f"{n}: score", "role")]
     table = Table.of(heads, rows, shown=30)
     roles = any(r[3 + 2 * i] for r in rows for i in range(len(names)))

@@ -56,6 +56,29 @@ def number(value: float | int | None, digits: int = 3, pad: bool = False) -> str
     return text.replace("-", "−")
 
 
+def share(value: float | None) -> str:
+    """A faithfulness or a correlation: three decimals, since nothing below them means anything.
+
+    Examples:
+        >>> share(0.98333), share(-4.4e-07), share(-0.02), share(None)
+        ('0.983', '0', '−0.020', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    return "0" if abs(value) < 5e-4 else f"{value:.3f}".replace("-", "−")
+
+
+def metric_name(name: str) -> str:
+    """A metric as it is called in a sentence.
+
+    Examples:
+        >>> metric_name("logit-diff"), metric_name("log-prob")
+        ('logit difference', 'log-probability')
+    """
+    known = {"logit-diff": "logit difference", "prob-diff": "probability difference", "log-prob": "log-probability"}
+    return known.get(name, name)
+
+
 def percent(value: float | None) -> str:
     """A share as a percentage.
 
