@@ -14,6 +14,7 @@ from vesalius.find.base import Context, per_example, table
 from vesalius.model import Model, Pairs
 from vesalius.model.contributions import contributions
 from vesalius.model.sweep import BATCH
+from vesalius.model.weights import bias_of
 from vesalius.scores import Scores
 
 KINDS = ("head", "xhead", "mlp", "embed")
@@ -94,8 +95,8 @@ def _answer_direction(model: Model, pairs: Pairs, normed: torch.Tensor) -> tuple
         logits = model.head(leaf, tokens).float()
         direction, of_logits = torch.autograd.grad(pairs.value(logits).sum(), (leaf, logits))
     unembed = model.anatomy.main.unembed
-    bias = None if unembed is None else unembed.bias
-    if not isinstance(bias, torch.Tensor):
+    bias = None if unembed is None else bias_of(unembed)
+    if bias is None:
         return direction, direction.new_zeros(direction.shape[0])
     bias = bias if tokens is None else bias[tokens.to(bias.device)]
     return direction, (of_logits * bias.to(of_logits)).sum((1, 2))

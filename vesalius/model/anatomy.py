@@ -17,10 +17,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from vesalius.errors import ModelError, PartError
 from vesalius.model.norms import NormKind, NormView
+from vesalius.model.weights import bias_of, matrix
 from vesalius.parts import Part
 
 Side = Literal["q", "k", "v"]
@@ -123,19 +123,6 @@ def _flag(value: bool | str, config: Any) -> bool:
         return value
     name = value.removeprefix("not ").removeprefix("config.")
     return bool(getattr(config, name, False)) != value.startswith("not ")
-
-
-def matrix(module: nn.Module) -> Tensor:
-    """A linear map's weight as (in, out), for `nn.Linear` and transformers' transposed `Conv1D` alike."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight if isinstance(module, Conv1D) else weight.T
-
-
-def bias_of(module: nn.Module) -> Tensor | None:
-    """A module's bias, or None."""
-    bias = getattr(module, "bias", None)
-    return bias if isinstance(bias, Tensor) else None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vesalius.errors import ModelError, VesaliusError
-from vesalius.model.anatomy import Block, Side, matrix
+from vesalius.model.anatomy import Block, Side
 from vesalius.model.edges import EdgeRun, write_sites, writes
 from vesalius.model.graph import Universe, universe_of
 from vesalius.model.hooks import Site, Tap
@@ -23,6 +23,7 @@ from vesalius.model.intervene import Intervention, sites_of
 from vesalius.model.model import Capture, Model
 from vesalius.model.pairs import Pairs
 from vesalius.model.sweep import trunk
+from vesalius.model.weights import matrix
 from vesalius.parts import Part
 
 SIDES: tuple[Side, ...] = ("q", "k", "v")

@@ -17,6 +17,7 @@ from vesalius.model.hooks import Site
 from vesalius.model.model import Model
 from vesalius.model.norms import NormView
 from vesalius.model.replay import _gather
+from vesalius.model.weights import bias_of
 from vesalius.parts import Part
 
 
@@ -74,8 +75,8 @@ def contributions(
         heads = head_writes(model, block, z)
         parts.extend(Part(kind, block.layer, h, stack=p) for h in range(a.n_heads))  # type: ignore[arg-type]
         values = torch.cat([values, heads], dim=1)
-        offset = block.o.bias
-        if isinstance(offset, Tensor):
+        offset = bias_of(block.o)
+        if offset is not None:
             if block.norm_attn_out is not None:
                 x = torch.einsum("bshe,hed->bsd", z, a.head_out(block)) + offset
                 offset = block.norm_attn_out.linear(offset.expand_as(x), block.norm_attn_out.scale(x))

@@ -23,6 +23,7 @@ from vesalius.model.pairs import Pairs
 from vesalius.model.relevance import Rules
 from vesalius.model.replay import Tape
 from vesalius.model.sweep import Side, metric_values
+from vesalius.model.weights import bias_of
 
 
 def write_sites(model: Model) -> list[Site]:
@@ -48,8 +49,8 @@ def head_writes(model: Model, block: Block, z: Tensor) -> Tensor:
 def _attention_sum(block: Block, by_head: Tensor) -> Tensor:
     """The input of a sandwich norm, (row, pos, d): all heads and the output bias."""
     total = by_head.sum(1)
-    bias = block.o.bias
-    return total if not isinstance(bias, Tensor) else total + bias
+    bias = bias_of(block.o)
+    return total if bias is None else total + bias
 
 
 def writes(model: Model, acts: Mapping[Site, Tensor]) -> Tensor:

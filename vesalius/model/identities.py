@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vesalius.model.anatomy import Block, bias_of, matrix
+from vesalius.model.anatomy import Block
 from vesalius.model.checkbench import SIDES, Bench, NotApplicable, Worst, block_name, plain_hook
 from vesalius.model.contributions import contributions
 from vesalius.model.gradients import Differences
@@ -23,6 +23,7 @@ from vesalius.model.intervene import first_layer, taps
 from vesalius.model.norms import NormView
 from vesalius.model.relevance import Rules, relevance
 from vesalius.model.replay import Tape
+from vesalius.model.weights import bias_of, matrix
 from vesalius.parts import Part
 
 PARTS = (

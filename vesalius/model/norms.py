@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vesalius.model.weights import parameter_of
+
 NormKind = Literal["layer", "rms", "rms+1"]
 
 
@@ -26,7 +28,7 @@ class NormView:
     @property
     def gain(self) -> Tensor:
         """Elementwise gain (d,), ones if the norm has none."""
-        weight = getattr(self.module, "weight", None)
+        weight = parameter_of(self.module, "weight")
         if weight is None:
             shape = getattr(self.module, "normalized_shape", None)
             return torch.ones(shape if shape is not None else 1)
@@ -34,7 +36,7 @@ class NormView:
 
     @property
     def bias(self) -> Tensor | None:
-        bias = getattr(self.module, "bias", None)
+        bias = parameter_of(self.module, "bias")
         return None if bias is None else bias.float()
 
     @property
