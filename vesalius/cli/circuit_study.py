@@ -24,6 +24,8 @@ from vesalius.tasks.performance import Performance, performance
 
 PATTERN_HEADS = 6
 EXAMPLES = 5
+TOP = 10
+FEWEST = 3  # parts that can be correlated
 
 
 class CircuitRequest(BaseModel):
@@ -148,9 +150,11 @@ class CircuitStudy:
         return found
 
     def correlations(self, exact: Scores) -> None:
-        """Other methods against exact patching, heads and MLPs apart."""
+        """Other methods against exact patching, heads and MLPs apart; with a budget, on what was measured exactly."""
         if not self.request.compare or self.run.has("correlations"):
             return
+        if exact.verified is not None:
+            exact = exact.select([i for i, checked in enumerate(exact.verified) if checked])
         direction = {"direction": self.request.options.get("direction", "denoise")}
         rows = []
         for method in self.request.compare:
@@ -158,8 +162,12 @@ class CircuitStudy:
             other = self.score(method, f"scores-{method}", "node", options)
             for kind in ("head", "mlp"):
                 a, b = exact.kind(kind), other.kind(kind)
+                b = b.select([i for i, part in enumerate(b.parts) if part in set(a.parts)])
+                if len(a) < FEWEST:
+                    continue
                 pearson, spearman = b.correlation(a), b.correlation(a, "spearman")
-                agree = {"pearson": pearson, "spearman": spearman, "top10_overlap": b.overlap(a, 10), "n": len(a)}
+                top = b.overlap(a, TOP) if len(a) >= 2 * TOP else None  # of fewer, ten in common mean little
+                agree = {"pearson": pearson, "spearman": spearman, "top10_overlap": top, "n": len(a)}
                 rows.append({"method": method, "kind": kind} | agree)
         self.run.save_table("correlations", pd.DataFrame(rows))
 
