@@ -122,7 +122,7 @@ def _annotation(parameter: inspect.Parameter) -> str:
     return (
         ""
         if kind is inspect.Parameter.empty
-        else f"`{kind if isinstance(kind, str) else inspect.formatannotation(kind)}`"
+        else f"`{kind if isinstance(kind, str) else inspect.formatannotation(kind)}`".replace(" | ", " or ")
     )
 
 

@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,12 +152,12 @@ def test_python_runs(page: Path, small: Model, tmp_path: Path, monkeypatch: pyte
         return real(spec, **options) if local else small
 
     monkeypatch.setattr(vesalius.model, "open_model", opened)
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))  # a page registers a method
     monkeypatch.chdir(tmp_path)
     rows = [
-        {"clean": f"The capital of {a} is", "corrupted": f"The capital of {b} is", "answer": f" {x}", "wrong": f" {y}"}
-        for a, x in EXAMPLE
-        for b, y in EXAMPLE
-        if a != b
+        {"clean": form.format(a), "corrupted": form.format(b), "answer": f" {x}", "wrong": f" {y}"}
+        for form in ("The capital of {} is", "The city to see in {} is")
+        for (a, x), (b, y) in pairwise([*EXAMPLE, EXAMPLE[0]])
     ]
     Path("my_prompts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     namespace: dict[str, Any] = {}
@@ -186,6 +187,7 @@ def generated() -> set[Path]:
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
     config = load_config(str(ROOT / "mkdocs.yml"))
+    config.plugins._current_plugin = "docs"  # mkdocs sets it while it calls a hook
     return {ROOT / "docs" / file.src_uri for file in hooks.on_files(files.Files([]), config)}
 
 

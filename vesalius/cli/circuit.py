@@ -40,7 +40,10 @@ def circuit(
         int | None, typer.Option("--prove-n", help="Held-out prompts to prove with; default as many.")
     ] = None,
     target: Annotated[float, typer.Option(help="Faithfulness the circuit must reach on the finding prompts.")] = 0.85,
-    max_heads: Annotated[float, typer.Option(help="Largest share of the model's heads in the circuit.")] = 0.25,
+    max_heads: Annotated[
+        float | None,
+        typer.Option(help="Largest share of the model's heads in the circuit; default 0.25, at edge level 1."),
+    ] = None,
     ablations: Annotated[
         str, typer.Option(help="What stands for the rest: counterfactual, mean, resample, zero.")
     ] = "counterfactual,mean",
@@ -103,7 +106,7 @@ def circuit(
             options=chosen,
             compare=others,
             target=target,
-            max_heads=max_heads,
+            max_heads=max_heads if max_heads is not None else 1.0 if level == "edge" else 0.25,
             ablations=wanted,
             seed=seed,
             dtype=dtype,
@@ -161,7 +164,17 @@ def _method_options(
         if name not in known:
             able = [e.name for e in METHODS if name in parameters(e.name)]
             raise VesaliusError(f"{method} takes no --{name}; methods that do: {', '.join(able)}")
-    return found | settings(more or [], {k: p.default for k, p in known.items()}, method)
+    found |= settings(more or [], {k: p.default for k, p in known.items()}, method)
+    if found.get("position") == "each":
+        raise VesaliusError(
+            "a circuit is made of parts, not of positions; vesalius.find(..., position='each') scores both"
+        )
+    if found.get("receivers", "unembed") != "unembed":
+        raise VesaliusError(
+            f"what reaches {found['receivers']} is no circuit for the answer; leave receivers at unembed here, or ask "
+            "vesalius.find('path-patching', ..., receivers=...) for the scores alone"
+        )
+    return found
 
 
 def _ablations(text: str) -> list[str]:
@@ -220,7 +233,7 @@ def _proof_table(run: Run) -> pd.DataFrame:
             "rest ablated by": proof["ablation"],
             "faithfulness": proof["faithfulness"],
             "95 %": interval,
-            "random": proof["random_mean"],
+            "random": proof["random_mean"].round(3) + 0.0,  # no minus zero
             "CPR": proof["cpr"],
             "CPR, log": proof["cpr_log"],
             "CMD": proof["cmd"],

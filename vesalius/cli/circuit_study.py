@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ PATTERN_HEADS = 6
 EXAMPLES = 5
 TOP = 10
 FEWEST = 3  # parts that can be correlated
+SURPLUS = 0.1  # faithfulness above 1 by more than this is worth a word
 
 
 class CircuitRequest(BaseModel):
@@ -133,6 +135,8 @@ class CircuitStudy:
                 **options,
             )
         scores.info["task"] = self.request.task
+        if scores.positions is not None:  # one named position: the label says nothing that the request does not
+            scores = replace(scores, positions=None)
         self.run.save_scores(name, scores)
         return scores
 
@@ -155,10 +159,11 @@ class CircuitStudy:
             return
         if exact.verified is not None:
             exact = exact.select([i for i, checked in enumerate(exact.verified) if checked])
-        direction = {"direction": self.request.options.get("direction", "denoise")}
+        given = {"direction": "denoise"} | self.request.options
         rows = []
         for method in self.request.compare:
-            options = direction if "direction" in parameters(method) else {}
+            shared = set(parameters(method)) & {"direction", "position"}
+            options = {name: value for name, value in given.items() if name in shared}
             other = self.score(method, f"scores-{method}", "node", options)
             for kind in ("head", "mlp"):
                 a, b = exact.kind(kind), other.kind(kind)
@@ -261,6 +266,15 @@ class CircuitStudy:
             return {}
         return {str(p): found[p] for p in circuit.heads if found[p]}
 
+    def _of_task(self) -> list[str]:
+        """What the task notes of itself, and how many rows of a user's file it passed over."""
+        told = self.task.describe()
+        passed = sum(v for k, v in told.get("skipped", {}).items() if k != "in the other split")
+        notes = list(told.get("notes", []))
+        if passed and told["n"] == "all rows":
+            notes.append(f"{passed} rows were passed over; the first: {told.get('first_skipped', 'a repeated prompt')}")
+        return notes
+
     def summary(self, done: Performance, circuit: Circuit, proof: Proof, command: str) -> None:
         """The run's summary."""
         request = self.request
@@ -302,10 +316,19 @@ class CircuitStudy:
             "seed": request.seed,
             "model_fingerprint": self.model.fingerprint,
             "task_fingerprint": self.task.fingerprint,
-            "notes": self.notes + list(self.task.describe().get("notes", [])),
+            "notes": [*self.notes, *self._of_task(), *_of_proof(point.values[0])],
             "command": command,
         }
         self.run.save_json("summary", summary)
+
+
+def _of_proof(faithfulness: float) -> list[str]:
+    if faithfulness <= 1 + SURPLUS:
+        return []
+    return [
+        "the circuit does more than the whole model: parts that work against the answer were left out, so it is not "
+        "what the model does, but what it could do"
+    ]
 
 
 def attention_patterns(model: Model, pairs: Pairs, heads: list[Part]) -> list[dict[str, Any]]:
