@@ -30,7 +30,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--dtype", default="float32")
     options.add_argument("--threads", type=int, default=cores(), help="threads of every job (default: all cores)")
     options.add_argument("--pairs", type=int, default=16)
-    options.add_argument("--repeats", type=int, default=5, help="of the short jobs; the sweeps run once")
+    options.add_argument("--repeats", type=int, default=15, help="of the short jobs; the sweeps run once")
     options.add_argument("--quick", action="store_true", help=f"patch {QUICK_HEADS} heads only, and say so")
     options.add_argument("--force", action="store_true", help="time also on a busy machine")
     options.add_argument("--out", type=Path, default=ROOT / "bench" / "out")

@@ -111,10 +111,14 @@ def test_unknown_task_and_method(circuit: Callable[..., Outcome]) -> None:
 
 def test_unknown_part(circuit: Callable[..., Outcome]) -> None:
     assert "unknown kind of part 'heds'; did you mean 'head'" in circuit("--method-set", "parts=heds", *SMALL).error
-    receivers = ("--method", "path-patching", *SMALL, "--method-set")
-    assert "L9.H9" in circuit(*receivers, "receivers=L9.H9").error
-    assert "'heads" in circuit(*receivers, "receivers=heads2").error
     assert "unknown position 'S3'" in circuit("--position", "S3", *SMALL).error
+
+
+def test_what_is_no_circuit(circuit: Callable[..., Outcome]) -> None:
+    receivers = ("--method", "path-patching", *SMALL, "--method-set", "receivers=L2.H1.v")
+    assert "what reaches L2.H1.v is no circuit" in circuit(*receivers).error
+    for several in ("each", "END,IO"):
+        assert f"give one named position, not '{several}'" in circuit("--position", several, *SMALL).error
 
 
 # ---- models that are none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,25 @@ def test_a_circuit_is_the_planted_one_and_is_proved(first: Outcome, truth: Plant
     assert found["random"]["mean"] < 0.1
     page = Path(found["report"]).read_text()
     assert page.startswith("<!doctype html>") and "L2.H1" in page
+
+
+def test_at_one_position_only_what_acts_there_is_found(mover: Path, tmp_path: Path) -> None:
+    """At END act the inhibition head and the mover; the duplicate-token head acts at the second mention."""
+    common = ("circuit", "--model", mover, "--task", mover / "ioi.jsonl", "--out", tmp_path, *SMALL, "--target", 0.2)
+    found = vesalius(*common, "--position", "END", "--json").json
+    scores = Run.open(found["run"]).scores("scores")
+    strong = {str(p) for p, v in zip(scores.parts, scores.values, strict=True) if abs(v) > 1e-3 * scores.values.max()}
+    assert strong == {"L2.H1", "L3.H0"}
+
+
+def test_rows_that_are_passed_over_are_told(mover: Path, tmp_path: Path) -> None:
+    lines = (mover / "ioi.jsonl").read_text().splitlines()[:16]
+    odd = {"clean": "tom sang", "corrupted": "tom and mary sang", "answer": " tom", "wrong": " mary"}
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join([*lines, json.dumps(odd)]))
+    skip = ("--task-set", "on_misaligned=skip", "--compare", "none")
+    found = vesalius("circuit", "--model", mover, "--task", prompts, "--out", tmp_path / "runs", *skip, "--json").json
+    assert [n for n in found["notes"] if "1 rows were passed over" in n and "line 17" in n]
 
 
 def test_the_same_command_finds_its_run_again(first: Outcome, mover: Path, runs: Path) -> None:

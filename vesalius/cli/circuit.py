@@ -165,9 +165,11 @@ def _method_options(
             able = [e.name for e in METHODS if name in parameters(e.name)]
             raise VesaliusError(f"{method} takes no --{name}; methods that do: {', '.join(able)}")
     found |= settings(more or [], {k: p.default for k, p in known.items()}, method)
-    if found.get("position") == "each":
+    place = found.get("position") or ""
+    if place == "each" or "," in place:
         raise VesaliusError(
-            "a circuit is made of parts, not of positions; vesalius.find(..., position='each') scores both"
+            f"a circuit is made of parts: give one named position, not '{place}'; vesalius.find(..., position=...) "
+            "scores parts at several"
         )
     if found.get("receivers", "unembed") != "unembed":
         raise VesaliusError(
