@@ -54,7 +54,7 @@ def test_rows_that_are_passed_over_are_told(mover: Path, tmp_path: Path) -> None
     prompts.write_text("\n".join([*lines, json.dumps(odd)]))
     skip = ("--task-set", "on_misaligned=skip", "--compare", "none")
     found = vesalius("circuit", "--model", mover, "--task", prompts, "--out", tmp_path / "runs", *skip, "--json").json
-    assert [n for n in found["notes"] if "1 rows were passed over" in n and "line 17" in n]
+    assert [n for n in found["notes"] if "rows passed over: 1;" in n and "line 17" in n]
 
 
 def test_the_same_command_finds_its_run_again(first: Outcome, mover: Path, runs: Path) -> None:

@@ -21,6 +21,7 @@ from vesalius.prove.proof import Proof
 from vesalius.prove.roles import roles
 from vesalius.runs import Run
 from vesalius.scores import Scores
+from vesalius.tasks import TASKS
 from vesalius.tasks.performance import Performance, performance
 
 PATTERN_HEADS = 6
@@ -271,8 +272,8 @@ class CircuitStudy:
         told = self.task.describe()
         passed = sum(v for k, v in told.get("skipped", {}).items() if k != "in the other split")
         notes = list(told.get("notes", []))
-        if passed and told["n"] == "all rows":
-            notes.append(f"{passed} rows were passed over; the first: {told.get('first_skipped', 'a repeated prompt')}")
+        if passed and self.request.task not in TASKS:  # of a registered task others were drawn in their place
+            notes.append(f"rows passed over: {passed}; the first: {told.get('first_skipped', 'a repeated prompt')}")
         return notes
 
     def summary(self, done: Performance, circuit: Circuit, proof: Proof, command: str) -> None:
