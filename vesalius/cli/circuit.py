@@ -165,7 +165,7 @@ def _method_options(
             able = [e.name for e in METHODS if name in parameters(e.name)]
             raise VesaliusError(f"{method} takes no --{name}; methods that do: {', '.join(able)}")
     found |= settings(more or [], {k: p.default for k, p in known.items()}, method)
-    place = found.get("position") or ""
+    place = str(found.get("position") or "")
     if place == "each" or "," in place:
         raise VesaliusError(
             f"a circuit is made of parts: give one named position, not '{place}'; vesalius.find(..., position=...) "
