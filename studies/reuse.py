@@ -65,8 +65,8 @@ def main() -> None:
             f"Accuracy changes by {lift}; with random heads of the same layers by {estimate(t['random_lift'], 3)}.",
             table(["", "before", "after", "random heads (range)", "random heads, chosen alike (range)"], rows),
             "The intervention uses each prompt's labels: the heads are told which candidates are wrong. So this shows "
-            "what these heads do when they look at the right place, and that the second task lacks that guidance; it is "
-            "no repair to ship. Random heads told the same do not help.",
+            "what these heads do when they look at the right place, and that the second task lacks that guidance; it "
+            "is no repair to ship. Random heads told the same do not help.",
             "One head after the other, held-out prompts:",
             table(["heads", "added", "accuracy", "logit difference"], steps),
         ]
