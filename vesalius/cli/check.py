@@ -6,6 +6,7 @@ import shlex
 import sys
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from vesalius.cli import options as o
@@ -60,6 +61,8 @@ def check(
         f"{kind}: {'usable' if u['usable'] else 'NOT usable'}{' (' + u['reason'] + ')' if u['reason'] else ''}"
         for kind, u in usable.items()
     ]
+    if not found.ok and opened.dtype != torch.float64:
+        words.append("\nnote: run it again with --dtype float64 to tell rounding (large weights) from a wrong anatomy")
     summary = {"model": opened.name, "ok": found.ok, "checks": frame.to_dict("records"), "usable": usable}
     screen.show(
         summary | {"run": str(run.folder)},
