@@ -15,7 +15,6 @@ METHODS = {
     "direct": f"{PLAIN} --method direct",
     "path-patching": f"{PLAIN} --method path-patching",
     "relp, edges": f"{PLAIN} --method relp --direction noise --level edge --n 16 --prove-n 16",
-    "eap-ig, edges": f"{PLAIN} --method eap-ig --level edge --n 16 --prove-n 16",
 }
 ABC = "circuit --task ioi --task-set corruption=abc"
 
