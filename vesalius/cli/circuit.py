@@ -119,6 +119,8 @@ def circuit(
     command = "vesalius " + shlex.join(sys.argv[1:])
     with Run.start({"command": "circuit", **request.model_dump()}, out, fresh, command) as run:
         if not run.done:
+            if run.status.get("attempts", 1) > 1:
+                screen.note(f"going on with {run.folder}")
             study = CircuitStudy(
                 screen,
                 run,

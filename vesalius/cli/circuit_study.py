@@ -14,7 +14,7 @@ from vesalius.errors import VesaliusError
 from vesalius.find.base import find, parameters
 from vesalius.model import Model, Pairs, Site
 from vesalius.model.graph import universe_of
-from vesalius.parts import Part
+from vesalius.parts import Edge, Part
 from vesalius.prove import grow, prove, smallest
 from vesalius.prove.circuit import Circuit
 from vesalius.prove.proof import Proof
@@ -28,7 +28,7 @@ PATTERN_HEADS = 6
 EXAMPLES = 5
 TOP = 10
 FEWEST = 3  # parts that can be correlated
-SURPLUS = 0.1  # faithfulness above 1 by more than this is worth a word
+SURPLUS = 0.1  # faithfulness off by more than this is worth a word
 
 
 class CircuitRequest(BaseModel):
@@ -87,7 +87,7 @@ class CircuitStudy:
         self.correlations(scores)
         circuit = self.circuit(scores)
         proof = self.proof(circuit)
-        self.pictures(circuit, scores)
+        self.pictures(scores)
         self.tables(circuit, proof)
         self.summary(done, circuit, proof, command)
 
@@ -197,7 +197,8 @@ class CircuitStudy:
         if not found.info.get("target_reached"):
             self.notes.append(
                 f"no circuit with at most {request.max_heads:.0%} of the heads reaches faithfulness {request.target} "
-                "on the finding prompts; this is the most faithful one tried"
+                "on the finding prompts; this is the most faithful one tried "
+                f"({found.info['faithfulness_on_finding_prompts']:.2f} there)"
             )
         return found
 
@@ -220,7 +221,7 @@ class CircuitStudy:
                 store=self.store,
             )
 
-    def pictures(self, circuit: Circuit, scores: Scores) -> None:
+    def pictures(self, scores: Scores) -> None:
         """Example prompts, and attention patterns of the top heads on the first of them."""
         shown = self.task.examples(self.model.tokenizer)[:EXAMPLES]
         examples = [
@@ -228,8 +229,7 @@ class CircuitStudy:
             for e in shown
         ]
         self.run.save_json("examples", [e | {"logit_diff": None} for e in examples])
-        ranked = scores.top(len(scores)).parts
-        heads = [p for p in ranked if isinstance(p, Part) and p.kind == "head"] or circuit.heads
+        heads = _heads_by_size(scores)
         if heads and self.model.kind != "encoder-decoder":
             self.run.save_json("patterns", attention_patterns(self.model, self.pairs, heads[:PATTERN_HEADS]))
 
@@ -255,6 +255,9 @@ class CircuitStudy:
             parts = [{"part": str(p), "role": labels.get(str(p))} for p in nodes]
             edges = [{"sender": r.sender, "receiver": r.receiver, "score": r.score} for r in frame.itertuples()]
         self.run.save_json("circuit", {"parts": parts, "edges": edges})
+        if circuit.edges is not None and circuit.scores is not None:  # the run has the scores of all edges already
+            kept = [i for i, edge in enumerate(circuit.scores.parts) if edge in circuit.edges]
+            circuit = replace(circuit, scores=circuit.scores.select(kept))
         circuit.save(self.run.folder / "vesalius-circuit.json")
 
     def roles(self, circuit: Circuit) -> dict[str, str]:
@@ -317,14 +320,31 @@ class CircuitStudy:
             "seed": request.seed,
             "model_fingerprint": self.model.fingerprint,
             "task_fingerprint": self.task.fingerprint,
-            "notes": [*self.notes, *self._of_task(), *_of_proof(point.values[0])],
+            "notes": [*self.notes, *self._of_task(), *_of_proof(point.values[0], circuit)],
             "command": command,
         }
         self.run.save_json("summary", summary)
 
 
-def _of_proof(faithfulness: float) -> list[str]:
-    if faithfulness <= 1 + SURPLUS:
+def _heads_by_size(scores: Scores) -> list[Part]:
+    """Heads by |score|; of edges' scores, by the sum over the edges that leave a head."""
+    size: dict[Part, float] = {}
+    for part, value in zip(scores.parts, scores.values, strict=True):
+        head = part.sender if isinstance(part, Edge) else part
+        if head.kind == "head":
+            size[head] = size.get(head, 0.0) + abs(float(value))
+    return sorted(size, key=lambda head: -size[head])
+
+
+def _of_proof(faithfulness: float, circuit: Circuit) -> list[str]:
+    target = float(circuit.info.get("target", 0))
+    if circuit.info.get("target_reached") and faithfulness < target - SURPLUS:
+        return [
+            f"the target of {target} was reached on the finding prompts "
+            f"({circuit.info['faithfulness_on_finding_prompts']:.2f}) and missed on the held-out ones: find with more "
+            "prompts, or raise the target"
+        ]
+    if not faithfulness > 1 + SURPLUS:
         return []
     return [
         "the circuit does more than the whole model: parts that work against the answer were left out, so it is not "

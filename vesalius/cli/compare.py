@@ -70,7 +70,9 @@ def compare(
     shown = matrix[[order[a] < order[b] for a, b in zip(matrix["a"], matrix["b"], strict=True)]]
     if shown.empty:
         levels = ", ".join(f"{n}: {s.get('level')} scores" for n, s in zip(names, summaries, strict=True))
-        raise VesaliusError(f"no two of the runs scored the same {FEWEST} parts ({levels}); compare runs of one level")
+        raise VesaliusError(
+            f"no two of the runs scored {FEWEST} or more parts in common ({levels}); compare runs of one level"
+        )
     tops = [
         {"name": name, "rank": rank, "part": str(part), "score": float(value)}
         for name, s in zip(names, scores, strict=True)

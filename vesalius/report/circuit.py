@@ -13,6 +13,8 @@ from vesalius.report.page import Page, Section, record, warnings, write
 from vesalius.report.words import Estimate, count, estimate, listed, metric_name, number, percent, share
 from vesalius.runs import Run
 
+MOST_ROWS = 2000  # of a page's table of scores; edges can be a hundred thousand
+
 
 def circuit_report(run: Run) -> Path:
     """Draws a circuit run as one offline HTML file in its folder; see `vesalius.report` for the tables it reads.
@@ -198,7 +200,10 @@ def _proof(run: Run, summary: dict[str, Any]) -> Section:
     ]
     if said:
         text = "; ".join(said)
-        remarks.append(text[0].upper() + text[1:] + ".")
+        remarks.append(
+            f"{text[0].upper()}{text[1:]}. The ratio is the area under such a curve with parts ranked by signed score, "
+            "as MIB defines it; the distance, like the curves drawn here, ranks them by size."
+        )
     if not (table["kind"] == "random").any():
         remarks.append("Random circuits of the same sizes were not measured.")
     read = (
@@ -261,10 +266,14 @@ def _numbers(scores: pd.DataFrame | None, found: tuple[list[dict[str, Any]], lis
     edges = found[1] if found else []
     if members is not None and edges:
         members |= {f"{e['sender']}->{e['receiver']}": {} for e in edges}
-    blocks = [tables.scores_table(scores, members)]
+    largest = scores.loc[scores["score"].abs().sort_values(ascending=False, kind="stable").index[:MOST_ROWS]]
+    remarks = []
+    if len(scores) > MOST_ROWS:
+        remarks.append(f"These are the {MOST_ROWS} largest of {len(scores)}; scores.parquet has them all.")
+    blocks = [tables.scores_table(largest, members)]
     if edges and not (scores["part"].astype(str).str.contains("->", regex=False)).any():
         blocks.append(tables.edges_table(edges))
     read = "click a column's head to sort. “Sign kept” is the share of resamplings of the prompts in which a score "
     read += "keeps its sign"
     read += ", “place kept” that in which it stays among the largest." if "place_stability" in scores else "."
-    return Section(title, blocks, read)
+    return Section(title, blocks, read, remarks=remarks)
