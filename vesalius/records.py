@@ -139,7 +139,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """A JSON object from a file, or a RunError that ends in the remedy."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"cannot read {path}: {why(error)}; {remedy}") from error
     if not isinstance(value, dict):
         raise RunError(f"{path} does not hold a JSON object; {remedy}")
@@ -147,8 +147,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def dump(value: Any) -> bytes:
-    """The value as strict JSON."""
-    return (json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """The value as strict JSON; bytes of a path that are not UTF-8 are written as JSON's own escapes."""
+    text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def now() -> str:

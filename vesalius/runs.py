@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -159,7 +159,7 @@ class Run:
         with contextlib.suppress(RunError):  # a manifest that cannot be read vouches for nothing
             run._manifest = run._read_manifest()
         with contextlib.suppress(RunError):
-            run._status = read_json(folder / "status.json", "")
+            run._status = _read_status(folder, "")
         before = run._status.get("state")
         run._status.setdefault("started", now())
         run._status["touched"] = now()
@@ -189,7 +189,7 @@ class Run:
         remedy = "it is not a run of Vesalius, or it is damaged; `vesalius runs` lists the good ones"
         request = read_json(folder / "request.json", remedy)
         run = cls(folder, request, Lock(folder), writable=False)
-        run._status = read_json(folder / "status.json", remedy)
+        run._status = _read_status(folder, remedy)
         if (folder / "manifest.json").exists() or run._status.get("files"):
             run._manifest = run._read_manifest()
         return run
@@ -258,7 +258,7 @@ class Run:
         found = read_json(self.folder / "manifest.json", remedy)
         if found.get("request") != self.hash or not isinstance(found.get("files"), dict):
             raise RunError(f"{self.folder / 'manifest.json'} belongs to another request; {remedy}")
-        return {name: entry for name, entry in found["files"].items() if _NAME.match(name)}
+        return {name: entry for name, entry in found["files"].items() if _NAME.match(name) and _is_entry(entry)}
 
     def _trouble(self, name: str) -> str:
         entry, path = self._manifest.get(name), self.folder / name
@@ -460,6 +460,30 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({self.name}; {self.state}; {len(self._manifest)} files)"
+
+
+def _is_entry(entry: Any) -> bool:
+    kinds = {"bytes": int, "sha256": str}
+    return isinstance(entry, dict) and all(isinstance(entry.get(k), kind) for k, kind in kinds.items())
+
+
+def _read_status(folder: Path, remedy: str) -> dict[str, Any]:
+    """`status.json`, or a RunError if something in it is not what was written there."""
+    found = read_json(folder / "status.json", remedy)
+    stages, files = found.get("stages", []), found.get("files", [])
+    sound = isinstance(stages, list) and all(isinstance(s, dict) for s in stages)
+    sound = sound and isinstance(files, list) and all(isinstance(f, str) for f in files)
+    sound = sound and found.get("state", "running") in get_args(State) and isinstance(found.get("attempts", 0), int)
+    times = [found.get(k) for k in ("started", "touched", "ended")]
+    times += [s.get(k) for s in (stages if sound else []) for k in ("started", "ended")]
+    try:
+        for time_ in times:
+            datetime.fromisoformat(time_) if time_ is not None else None
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise RunError(f"{folder / 'status.json'} was changed by hand or is damaged{'; ' if remedy else ''}{remedy}")
+    return found
 
 
 # ---- finding runs

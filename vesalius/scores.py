@@ -6,6 +6,7 @@ raises the metric; removing it lowers the metric).
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,12 @@ from vesalius.errors import PartError, VesaliusError
 from vesalius.parts import Address, Edge, Part, parse
 
 Array = NDArray[np.floating[Any]]
+
+
+def strict_json(value: Any) -> str:
+    """As JSON that any reader takes: what is not finite becomes null, what JSON does not know its text."""
+    loose = json.dumps(value, default=str)
+    return json.dumps(json.loads(loose, parse_constant=lambda _: None), indent=1)
 
 
 def bootstrap_mean(values: Array, seed: int = 0, draws: int = 1000, level: float = 0.95) -> tuple[Array, Array]:
@@ -176,6 +183,7 @@ class Scores:
 
     def save(self, folder: Path) -> None:
         """Writes `scores.parquet` (and per-prompt values as columns `x0`, `x1`, ...) and `scores.json`."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         frame = self.to_frame()
         if self.per_example is not None:
@@ -183,7 +191,7 @@ class Scores:
             frame = pd.concat([frame, extra], axis=1)
         for name, write in (
             ("scores.parquet", lambda p: frame.to_parquet(p)),
-            ("scores.json", lambda p: p.write_text(json.dumps(self.info, indent=1, default=str))),
+            ("scores.json", lambda p: p.write_text(strict_json(self.info), "utf-8")),
         ):
             part = folder / (name + ".part")
             write(part)
@@ -192,9 +200,10 @@ class Scores:
     @classmethod
     def load(cls, folder: Path) -> Scores:
         """Reads what `save` wrote."""
+        folder = Path(folder)
         try:
             frame = pd.read_parquet(folder / "scores.parquet")
-            info = json.loads((folder / "scores.json").read_text())
+            info = json.loads((folder / "scores.json").read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise VesaliusError(f"no readable scores in {folder}: {error}") from error
         columns = [c for c in frame.columns if c.startswith("x") and c[1:].isdigit()]
@@ -216,7 +225,8 @@ class Scores:
 
     def _repr_html_(self) -> str:
         table = self.top(20).to_frame().to_html(index=False, float_format=lambda v: f"{v:.4g}")
-        return f"<p><b>{self._summary()}</b>: {len(self)} rows, unit {self.unit}; the 20 largest</p>{table}"
+        summary, unit = html.escape(self._summary()), html.escape(self.unit)
+        return f"<p><b>{summary}</b>: {len(self)} rows, unit {unit}; the 20 largest</p>{table}"
 
 
 def concat(tables: Iterable[Scores]) -> Scores:

@@ -52,6 +52,7 @@ def command_line() -> typer.Typer:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; errors a user can act on are one line on standard error, with exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _streams()
     try:
         code = command_line()(args=given, prog_name="vesalius", standalone_mode=False)
         sys.stdout.flush()
@@ -74,6 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _leave(_usage(error, given))
     else:
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _streams() -> None:
+    """Output goes somewhere even where it was closed, and what its encoding lacks is written as an escape."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for the rest of the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _memory(error: BaseException) -> str:

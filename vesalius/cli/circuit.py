@@ -110,6 +110,7 @@ def circuit(
             ablations=wanted,
             seed=seed,
             dtype=dtype,
+            pairs_fingerprints=[pairs.fingerprint, held_out.fingerprint],
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -196,7 +197,8 @@ def _compared(compare: str | None, method: str, level: str) -> list[str]:
         compare = COMPARED if method == "activation-patching" and level == "node" else "none"
     names = [] if compare == "none" else [c.strip() for c in compare.split(",") if c.strip()]
     for name in names:
-        METHODS.entry(name)
+        if "node" not in METHODS.entry(name).info.get("levels", ("node",)):
+            raise VesaliusError(f"--compare {name}: {name} scores edges, and parts are compared; leave it out")
     if names and level == "edge":
         raise VesaliusError("--compare sets node scores against exact patching; leave it out with --level edge")
     return [n for n in names if n != method]

@@ -49,6 +49,7 @@ class CircuitRequest(BaseModel):
     ablations: list[str]
     seed: int
     dtype: str | None
+    pairs_fingerprints: list[str]  # the tokens: the same text is another request under a changed tokenizer
 
 
 class CircuitStudy:
@@ -95,6 +96,12 @@ class CircuitStudy:
         """How well the model does the task; stops where a circuit would mean nothing."""
         with self.run.stage("accuracy"), self.screen.step("accuracy"):
             found = performance(self.model, self.pairs)
+        broken = int((~np.isfinite(found.clean) | ~np.isfinite(found.corrupted)).sum())
+        if broken:
+            raise VesaliusError(
+                f"{self.model.name} answers {broken} of {len(found.clean)} prompts with NaN or infinity: its weights "
+                "are damaged, or overflow; try --dtype float32"
+            )
         clean, metric = found.estimate("clean"), self.pairs.metric
         top1 = f"top-1 {found.top1:.2f}, " if found.top1 is not None else ""
         self.screen.note(
@@ -258,7 +265,7 @@ class CircuitStudy:
         if circuit.edges is not None and circuit.scores is not None:  # the run has the scores of all edges already
             kept = [i for i, edge in enumerate(circuit.scores.parts) if edge in circuit.edges]
             circuit = replace(circuit, scores=circuit.scores.select(kept))
-        circuit.save(self.run.folder / "vesalius-circuit.json")
+        self.run.save_file("vesalius-circuit.json", circuit.save)
 
     def roles(self, circuit: Circuit) -> dict[str, str]:
         """Roles of the circuit's heads where they can be measured; a note where not."""

@@ -22,6 +22,7 @@ from rich.text import Text
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.records import Checkpoint, plain
 
+MOST_THREADS = 1024
 SHORT = 12  # characters of a text that is never folded
 QUIET_SECONDS = 2.0  # steps shorter than this leave no trace where there is no terminal
 
@@ -40,7 +41,7 @@ class Screen:
         began, said = time.monotonic(), set[str]()
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # a path may hold [brackets]
             BarColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -60,7 +61,7 @@ class Screen:
             yield report
         took = time.monotonic() - began
         if took >= QUIET_SECONDS:
-            self.err.print(f"  {name}: {took:.0f} s", style="dim")
+            self.err.print(f"  {name}: {took:.0f} s", style="dim", markup=False)
 
     def note(self, text: str, style: str = "") -> None:
         """A line for people, on standard error."""
@@ -176,7 +177,7 @@ def set_threads(threads: int | None) -> int:
     import torch
 
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads is not None and threads < 1:
-        raise VesaliusError(f"--threads {threads} is not a number of threads; give 1 or more")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise VesaliusError(f"--threads {threads} is not a number of threads; give 1 or more, at most {MOST_THREADS}")
     torch.set_num_threads(threads or min(available, torch.get_num_threads()))
     return torch.get_num_threads()

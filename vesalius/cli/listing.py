@@ -111,9 +111,10 @@ def runs(seed: o.NoSeed = 0, out: o.Out = None, as_json: o.AsJson = False) -> No
         screen.show([], f"no runs in {root}; `vesalius circuit --task ioi` makes one")
         return
     rows = [row | {"when": None if pd.isna(row["when"]) else str(row["when"])} for row in frame.to_dict("records")]
+    called = [row["hash"] if isinstance(row["hash"], str) else row["run"] for row in rows]  # a damaged one has none
     shown = pd.DataFrame(
         {
-            "run": frame["hash"].fillna(frame["run"]),
+            "run": called,
             "what": [str(row["run"]).removesuffix(f"-{row['hash']}") for row in rows],
             "state": frame["state"],
             "when (UTC)": frame["when"].dt.strftime("%m-%d %H:%M"),
@@ -121,7 +122,9 @@ def runs(seed: o.NoSeed = 0, out: o.Out = None, as_json: o.AsJson = False) -> No
             "size": [_size(row) for row in rows],
         }
     )
-    errors = [f"{row['hash'] or row['run']}: {row['error']}" for row in rows if isinstance(row["error"], str)]
+    errors = [
+        f"{name}: {row['error']}" for name, row in zip(called, rows, strict=True) if isinstance(row["error"], str)
+    ]
     screen.show(rows, shown, *(["", *errors] if errors else []))
 
 

@@ -17,8 +17,8 @@ TASK_PANEL = "Task"
 RUN_PANEL = "Run"
 
 
-def _in(panel: str, *names: str, help: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel)
+def _in(panel: str, *names: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
 ModelName = Annotated[
@@ -50,7 +50,8 @@ TaskSet = Annotated[
     list[str] | None,
     _in(TASK_PANEL, "--task-set", help="KEY=VALUE, repeatable: a parameter of the task, or metric or scoring."),
 ]
-Seed = Annotated[int, _in(RUN_PANEL, "--seed", help="Seed of everything drawn.")]
+MOST_SEED = 2**32 - 1  # what numpy and torch both take
+Seed = Annotated[int, _in(RUN_PANEL, "--seed", help="Seed of everything drawn.", min=0, max=MOST_SEED)]
 NoSeed = Annotated[int, _in(RUN_PANEL, "--seed", help="Taken by every command; nothing is drawn here.")]
 Out = Annotated[Path | None, _in(RUN_PANEL, "--out", help="Folder that holds the runs; ./runs by default.")]
 NoOut = Annotated[Path | None, _in(RUN_PANEL, "--out", help="Taken by every command; nothing is written here.")]

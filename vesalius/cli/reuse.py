@@ -90,6 +90,7 @@ def reuse(
         "method": method,
         "model_fingerprint": [m.fingerprint for m in opened],
         "task_fingerprint": [t.fingerprint for t in made],
+        "pairs_fingerprints": [[h.pairs(m).fingerprint for h in t.halves()] for m in opened for t in made],
         "prove_n": prove_n,
         "transplant": transplant,
         "seed": seed,

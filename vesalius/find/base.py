@@ -6,6 +6,7 @@ parameters are its schema: the command line, the docs and the checks below read 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.model import Model, Pairs
-from vesalius.model.sweep import DEFAULT_MEMORY_GB, Progress, Side, Store
+from vesalius.model.sweep import DEFAULT_MEMORY_GB, Prefixed, Progress, Side, Store
 from vesalius.parts import Address, Kind, Part
 from vesalius.registry import Registry
 from vesalius.scores import Scores
@@ -156,13 +157,19 @@ def find(
     for name in options:
         if name not in known:
             raise UnknownName(f"parameter of {method}", name, known)
-    pairs = task if isinstance(task, Pairs) else task.pairs(model)
+    if not isinstance(model, Model):
+        raise VesaliusError(f"a model is opened first: vesalius.open(...), not {str(model)[:60]!r}")
+    pairs = pairs_of(task, model)
     if pairs.n_examples == 0:
         raise VesaliusError("there are no prompts to score on; give a task with n of at least 1")
     if bool((pairs.clean == pairs.corrupted).all()):
         raise VesaliusError("clean and corrupted prompts are the same: there is no effect to measure")
-    scores = function(model, pairs, Context(level, seed, memory_gb, progress, store), **options)
     chosen = {n: options.get(n, p.default) for n, p in known.items()}
+    if store is not None:  # pieces of other prompts, weights or options may lie in the same store
+        asked = repr((method, level, seed, sorted(chosen.items()), model.fingerprint, pairs.fingerprint))
+        store = Prefixed(store, hashlib.sha256(asked.encode()).hexdigest()[:12] + ":")
+    with model.alone(), torch.inference_mode(False):  # where the caller is in it, no gradient could be taken
+        scores = function(model, pairs, Context(level, seed, memory_gb, progress, store), **options)
     scores.info.update(
         {
             "method": method,
@@ -173,6 +180,7 @@ def find(
             "metric": pairs.metric.name,
             "unit": scores.info.get("unit", pairs.metric.unit),
             "n": pairs.n_examples,
+            "prompts": pairs.prompts,
             "seed": seed,
             "options": {
                 k: v for k, v in chosen.items() if isinstance(v, (str, int, float, bool, list, tuple, type(None)))
@@ -182,10 +190,20 @@ def find(
     return scores
 
 
+def pairs_of(task: Any, model: Model) -> Pairs:
+    """The prompts of a task (or ready `Pairs`) for one model; a refusal for anything else."""
+    if isinstance(task, Pairs):
+        return task
+    if not hasattr(task, "pairs"):
+        raise VesaliusError(f"a task is made first: vesalius.task(...), not {str(task)[:60]!r}")
+    found: Pairs = task.pairs(model)
+    return found
+
+
 def per_example(values: Tensor, pairs: Pairs) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Sums rows of one example (the continuations of multi-token answers): (part, row) -> (part, example)."""
     out = torch.zeros(values.shape[0], pairs.n_examples, dtype=torch.float64)
-    out.index_add_(1, pairs.row_example.cpu(), values.double().cpu())
+    out.index_add_(1, pairs.row_example.cpu(), values.detach().double().cpu())
     return out.numpy()
 
 

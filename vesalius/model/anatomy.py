@@ -92,7 +92,7 @@ def families() -> dict[str, FamilySpec]:
     table: dict[str, FamilySpec] = {}
     for path in sorted(resources.files("vesalius.model").joinpath("families").iterdir(), key=lambda p: p.name):
         if path.name.endswith(".yaml"):
-            spec = FamilySpec.model_validate(yaml.safe_load(path.read_text()))
+            spec = FamilySpec.model_validate(yaml.safe_load(path.read_text("utf-8")))
             for model_type in spec.model_types:
                 if model_type in table:
                     raise ValueError(f"{path.name}: model type '{model_type}' is described twice")

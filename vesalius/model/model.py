@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from vesalius.model.memory import memory_errors
 from vesalius.parts import Part
 
 ModelKind = Literal["causal", "masked", "encoder-decoder", "encoder"]
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _OWN_POSITIONS = ("roberta", "xlm-roberta", "opt", "bloom", "t5", "mt5")  # forwards that place padded tokens themselves
 
 
@@ -136,10 +140,21 @@ class Model:
             f"{a.n_heads} heads{kv}, d {a.d_model}, mlp {a.d_mlp}, {self.dtype}, {self.device})"
         )
 
+    def alone(self) -> AbstractContextManager[bool]:
+        """Held while the model is hooked: two threads at one model would read each other's interventions."""
+        lock: AbstractContextManager[bool] = _LOCKS.setdefault(self.hf, threading.RLock())
+        return lock
+
     # -- running -------------------------------------------------------------------------------------------------
 
     def inputs(self, ids: Tensor, mask: Tensor | None = None, decoder: Tensor | None = None) -> dict[str, Any]:
-        """Keyword arguments for the transformers model; positions of padded rows count real tokens only."""
+        """Keyword arguments for the transformers model; positions of padded rows count real tokens only.
+
+        Raises:
+            ModelError: if the model was put back in training mode, where dropout makes every answer another.
+        """
+        if self.hf.training:
+            raise ModelError(f"{self.name} is in training mode, so dropout changes every answer; call model.hf.eval()")
         kwargs: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if mask is not None and bool((mask == 0).any()):
             mask = mask.to(self.device)
@@ -209,7 +224,7 @@ class Model:
 
 
 def _head_rows(stack: Stack, hidden: Tensor, tokens: Tensor | None) -> Tensor:
-    if tokens is not None and stack.unembed is not None:
+    if tokens is not None and stack.unembed is not None and _is_plain(stack.unembed):
         weight = stack.unembed.weight
         if isinstance(weight, Tensor) and weight.device.type != "meta":
             tokens = tokens.to(weight.device)
@@ -221,12 +236,25 @@ def _head_rows(stack: Stack, hidden: Tensor, tokens: Tensor | None) -> Tensor:
     return hidden if tokens is None else hidden[..., tokens.to(hidden.device)]
 
 
+def _is_plain(head: nn.Module) -> bool:
+    """Whether a head's weight is all it does: no hook of the user's, no adapter around it."""
+    return type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+
+
 def _forward_parameters(cls: type) -> set[str]:
     return set(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
 
 
+def _bits(flat: Tensor) -> int:
+    """The sum of a tensor's bits as whole numbers: a strided sample alone misses whole heads of a wide matrix."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(flat.element_size())
+    if whole is None or flat.is_complex() or flat.is_quantized:
+        return 0
+    return int(flat.contiguous().view(whole).sum(dtype=torch.int64))  # wraps around alike everywhere
+
+
 def weights_fingerprint(hf: PreTrainedModel) -> str:
-    """A short hash of the architecture and of a fixed sample of every weight, quick even for large models."""
+    """A short hash of the architecture and of every weight: a sample of its values, and the sum of all its bits."""
     digest = hashlib.sha256(hf.config.to_json_string(use_diff=False).encode())
     for name, tensor in hf.state_dict().items():
         flat = tensor.detach().flatten()
@@ -234,4 +262,5 @@ def weights_fingerprint(hf: PreTrainedModel) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if flat.device.type != "meta":
             digest.update(flat[::step].float().cpu().numpy().tobytes())
+            digest.update(f"{_bits(flat)}".encode())
     return digest.hexdigest()[:16]

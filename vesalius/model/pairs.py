@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -87,6 +88,27 @@ class Pairs:
         differs = (self.clean != self.corrupted).any(dim=0).nonzero()
         return int(differs[0]) if len(differs) else self.length
 
+    @property
+    def prompts(self) -> list[str]:
+        """A short hash of the clean tokens of each example, (example,)."""
+        found = [""] * self.n_examples
+        for row, example in enumerate(self.row_example.tolist()):
+            found[example] = found[example] or _digest(self.clean[row][self.mask[row].bool()].tolist())
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies every token, where answers are read and what they are: a changed tokenizer shows here."""
+        tensors = (self.clean, self.corrupted, self.mask, self.reads, self.row_example, self.row_right)
+        more = (self.targets, self.decoder, *(self.positions[k] for k in sorted(self.positions)))
+        return _digest(
+            [
+                [None if t is None else t.tolist() for t in (*tensors, *more)],
+                [[list(ids) for ids in some] for some in (self.answers, self.wrong, self.options or ())],
+                [self.metric.name, self.metric.unit],
+            ]
+        )
+
     def value(self, logits: Tensor) -> Tensor:
         """The metric of every example, (example,), from logits at the reads, (row, read, token)."""
         return self.metric(logits, self)
@@ -126,3 +148,7 @@ class Pairs:
     def batches(self, size: int) -> list[Pairs]:
         """Consecutive groups of at most `size` examples, similar lengths kept as they come."""
         return [self.take(range(i, min(i + size, self.n_examples))) for i in range(0, self.n_examples, size)]
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

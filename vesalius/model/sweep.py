@@ -39,6 +39,20 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
+class Prefixed:
+    """A store whose keys are kept apart from those of other work in it."""
+
+    store: Store
+    prefix: str
+
+    def get(self, key: str) -> NDArray[np.float64] | None:
+        return self.store.get(self.prefix + key)
+
+    def put(self, key: str, values: NDArray[np.float64]) -> None:
+        self.store.put(self.prefix + key, values)
+
+
+@dataclass(frozen=True)
 class Recording:
     """One batch of pairs with both runs recorded.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import html
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ from torch import Tensor
 from vesalius.errors import PartError, VesaliusError
 from vesalius.model.graph import Bools, EdgeList, Floats, Ints, Level, Universe, as_numpy
 from vesalius.parts import Address, Edge, Part, parse, parse_part
-from vesalius.scores import Scores
+from vesalius.scores import Scores, strict_json
 
 TRIES = 100  # draws of a random circuit that comes out too small
 
@@ -144,7 +145,7 @@ class Circuit:
         part = path.with_name(path.name + ".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(data, indent=1, default=str, allow_nan=True))
+            part.write_text(strict_json(data), "utf-8")
             part.replace(path)
         except OSError as error:
             raise VesaliusError(f"cannot write the circuit to {path}: {error}; choose another folder") from error
@@ -153,14 +154,14 @@ class Circuit:
     def load(cls, path: Path) -> Circuit:
         """Reads what `save` wrote."""
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text("utf-8"))
             if data["format"] != "vesalius circuit 1":
                 raise KeyError(f"format {data['format']!r}")
             nodes = frozenset(parse_part(p) for p in data["nodes"])
             edges = None if data["edges"] is None else frozenset(_edge(e) for e in data["edges"])
             scores = None if data["scores"] is None else _scores_from_json(data["scores"])
             return cls(nodes, edges, scores, data["info"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             hint = "; MIB's files are read with vesalius.prove.mib.read"
             raise VesaliusError(f"no readable circuit in {path}: {error!r}{hint}") from error
 
@@ -188,7 +189,7 @@ class Circuit:
         frame = self.to_frame()
         top = frame.reindex(frame["score"].abs().sort_values(ascending=False, kind="stable").index).head(20)
         table = top.to_html(index=False, float_format=lambda v: f"{v:.4g}")
-        return f"<p><b>Circuit</b>: {self._summary()}; the {len(top)} largest</p>{table}"
+        return f"<p><b>Circuit</b>: {html.escape(self._summary())}; the {len(top)} largest</p>{table}"
 
 
 def grow(
@@ -235,7 +236,7 @@ def grow(
         level = "edge" if n_edges else "node"
     if universe is None and isinstance(scores.parts, EdgeList):
         universe = scores.parts.universe
-    kept = ("method", "task", "model", "fingerprint", "seed", "unit")
+    kept = ("method", "task", "model", "fingerprint", "prompts", "seed", "unit")
     info: dict[str, Any] = {k: scores.info[k] for k in kept if k in scores.info}
     info |= {"by": by, "grown": method, "size": size, "fraction": fraction, "threshold": threshold}
     if universe is not None:

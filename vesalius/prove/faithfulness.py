@@ -14,6 +14,7 @@ The empty circuit ablates the embedding too, as in MIB; larger circuits keep it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vesalius.errors import VesaliusError
+from vesalius.errors import PartError, VesaliusError
 from vesalius.model import Model, Pairs, Site
 from vesalius.model.crew import Crew
 from vesalius.model.edges import EdgeRun, write_sites, writes
@@ -75,15 +76,23 @@ def evaluate(
     edges = levels == {"edge"}
     universe = universe_of(model) if edges else None
     parts = model.parts(("head", "xhead", "mlp"))
+    strange = {p for c in circuits for p in c.nodes} - {*parts, *model.parts(("embed",)), Part("unembed")}
+    if strange:
+        named = ", ".join(sorted(map(str, strange))[:5])
+        raise PartError(f"{model.name} has no {named}: the circuit was made for another model")
+    if pairs.n_examples == 0:
+        raise VesaliusError("there are no prompts to evaluate on; give a task with n of at least 1")
+    asked = repr(([sorted(map(str, c.nodes if c.edges is None else c.edges)) for c in circuits], model.fingerprint))
+    digest = hashlib.sha256((asked + pairs.fingerprint).encode()).hexdigest()[:12]
     sites = (
         write_sites(model) if edges else [*dict.fromkeys(locate(p).site for p in [*parts, *model.parts(("embed",))])]
     )
     reference = Reference(model, pairs, "corrupted", sites) if ablation in ("mean", "resample") else None
     pieces: list[Floats] = []
     groups, offset = pairs.batches(BATCH), 0
-    with Crew(model) as crew:
+    with model.alone(), Crew(model) as crew:
         for number, group in enumerate(groups):
-            name = f"{key}:{ablation}:{seed}:{len(circuits)}:{number}"
+            name = f"{key}:{digest}:{ablation}:{seed}:{number}"
             values = store.get(name) if store else None
             if values is None:
                 rest = _rest(model, group, sites, ablation, reference, seed, offset)

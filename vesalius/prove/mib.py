@@ -185,10 +185,13 @@ def read(path: Path) -> MibGraph:
 
 def _from_json(path: Path) -> MibGraph:
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise VesaliusError(f"{path} is not a readable JSON file: {error}") from error
     _need(path, data, ("cfg", "nodes", "edges"))
+    for key in ("nodes", "edges", "neurons"):
+        if not isinstance(data.get(key, {}), dict):
+            raise VesaliusError(f"{path.name} is not a MIB circuit: its {key} are not named")
     u, d_model, rest = _shape(path, data["cfg"])
     senders = {_name(p): i for i, p in enumerate(u.senders)}
     receivers = {_name(p): i for i, p in enumerate(u.receivers)}
@@ -380,7 +383,7 @@ def write(graph: MibGraph | Circuit, path: Path, d_model: int | None = None) -> 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
-            part.write_text(json.dumps(_to_json(graph, cfg)))
+            part.write_text(json.dumps(_to_json(graph, cfg)), "utf-8")
         else:
             torch.save(_to_pt(graph, cfg), part)
         part.replace(path)

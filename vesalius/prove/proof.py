@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from vesalius.errors import VesaliusError
-from vesalius.find.base import PairsSource
+from vesalius.find.base import PairsSource, pairs_of
 from vesalius.model import Model, Pairs
 from vesalius.model.graph import Level, universe_of
 from vesalius.model.intervene import Ablation
@@ -105,11 +105,19 @@ class Proof:
 
     def __repr__(self) -> str:
         table = self.summary().to_string(index=False, float_format="{:.3f}".format)
-        return f"Proof({self.circuit!r}; {self.n} held-out prompts)\n{table}"
+        return f"Proof({self.circuit!r}; {self._prompts()})\n{table}"
+
+    def _prompts(self) -> str:
+        """What it was measured on, in words."""
+        seen = self.info.get("seen_prompts", 0)
+        text = f"{self.n} held-out prompts"
+        if seen:
+            text = f"{self.n} prompts, {seen} of which it was found on: this is no proof, give held-out ones"
+        return text + ("; in another model than it was found in" if self.info.get("other_model") else "")
 
     def _repr_html_(self) -> str:
         table = self.summary().to_html(index=False, float_format=lambda v: f"{v:.3f}")
-        return f"{self.circuit._repr_html_()}<p><b>Proof</b> on {self.n} held-out prompts</p>{table}"
+        return f"{self.circuit._repr_html_()}<p><b>Proof</b> on {self._prompts()}</p>{table}"
 
 
 def sizes_for(level: Level, total: int) -> list[tuple[float, int]]:
@@ -139,7 +147,7 @@ def random_nodes(like: Circuit, parts: Sequence[Part], seed: int) -> Circuit:
     """A random circuit of parts with as many heads and MLPs of each stack."""
     rng = np.random.default_rng(seed)
     chosen: list[Part] = []
-    for group in {(p.kind, p.stack) for p in parts}:
+    for group in dict.fromkeys((p.kind, p.stack) for p in parts):  # a set has another order in every process
         pool = [p for p in parts if (p.kind, p.stack) == group]
         count = sum((p.kind, p.stack) == group for p in like.nodes)
         chosen += [pool[i] for i in rng.choice(len(pool), size=count, replace=False)]
@@ -202,7 +210,12 @@ def smallest(
         key="size",
     )
     gap = ends.full.mean() - ends.empty.mean()
-    faith = (values.mean(1) - ends.empty.mean()) / gap if gap else np.full(len(values), np.nan)
+    if not np.isfinite(gap) or gap == 0:
+        raise VesaliusError(
+            f"the whole model scores {ends.full.mean():.3g} on these prompts and scores {ends.empty.mean():.3g} with "
+            "every part ablated: there is no effect to explain; choose other prompts or another model"
+        )
+    faith = (values.mean(1) - ends.empty.mean()) / gap
     table = pd.DataFrame(
         {"size": [s for s, _ in allowed], "heads": [len(c.heads) for _, c in allowed], "faithfulness": faith}
     )
@@ -239,7 +252,9 @@ def prove(
     Returns:
         A `Proof`.
     """
-    pairs = task if isinstance(task, Pairs) else task.pairs(model)
+    pairs = pairs_of(task, model)
+    seen = len(set(circuit.info.get("prompts", ())) & set(pairs.prompts))
+    other = circuit.info.get("fingerprint", model.fingerprint) != model.fingerprint
     rankings = ("value", "magnitude") if curve and circuit.scores is not None else ()
     grown: dict[str, list[Circuit]] = {}
     points: list[tuple[float, int]] = []
@@ -334,7 +349,15 @@ def prove(
         rows, columns=["ablation", "by", "size", "fraction", "faithfulness", "low", "high", "kind", "draw"]
     )
     return Proof(
-        circuit, pairs.n_examples, faith, random, curves, found, control, pd.DataFrame(complete), {"seed": seed}
+        circuit,
+        pairs.n_examples,
+        faith,
+        random,
+        curves,
+        found,
+        control,
+        pd.DataFrame(complete),
+        {"seed": seed, "seen_prompts": seen, "other_model": other},
     )
 
 

@@ -28,7 +28,7 @@ from vesalius.find import find
 from vesalius.find.base import METHODS, parameters
 from vesalius.model import Model, Pairs
 from vesalius.model.graph import universe_of
-from vesalius.model.sweep import DEFAULT_MEMORY_GB, Progress, Store
+from vesalius.model.sweep import DEFAULT_MEMORY_GB, Prefixed, Progress, Store
 from vesalius.parts import Part
 from vesalius.prove.areas import faithfulness_curve
 from vesalius.prove.circuit import Circuit, grow
@@ -302,7 +302,7 @@ def reuse(
     notes: list[str] = []
     items = []
     for number, ((m, t), name) in enumerate(zip(pairs_of, names, strict=True)):
-        kept = None if store is None else _Prefixed(store, f"{number}:")
+        kept = None if store is None else Prefixed(store, f"{number}:")
         items.append(_item(m, t, name, method, chosen, share, target, with_roles, seed, memory_gb, report, kept, notes))
     overlaps, by_layer = _overlaps(items, [m for m, _ in pairs_of], seed, notes)
     moved = None
@@ -320,20 +320,6 @@ def reuse(
         "p_layer": by_layer,
     }
     return Reuse(items, overlaps, moved, info, tuple(dict.fromkeys(notes)))
-
-
-@dataclass(frozen=True)
-class _Prefixed:
-    """A store whose keys are kept apart from another circuit's."""
-
-    store: Store
-    prefix: str
-
-    def get(self, key: str) -> NDArray[np.float64] | None:
-        return self.store.get(self.prefix + key)
-
-    def put(self, key: str, values: NDArray[np.float64]) -> None:
-        self.store.put(self.prefix + key, values)
 
 
 def _short(task: str) -> str:

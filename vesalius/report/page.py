@@ -116,7 +116,7 @@ class Page:
         """The page as text, everything inlined."""
         here = files("vesalius.report") / "templates"
         environment = jinja2.Environment(
-            loader=jinja2.FunctionLoader(lambda name: (here / name).read_text()),
+            loader=jinja2.FunctionLoader(lambda name: (here / name).read_text("utf-8")),
             autoescape=True,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -127,8 +127,8 @@ class Page:
         drawn = any(isinstance(b, Chart) for s in self.sections for b in s.blocks)
         return environment.get_template("page.html").render(
             page=self,
-            style=Markup((here / "style.css").read_text()),
-            script=Markup((here / "page.js").read_text()),
+            style=Markup((here / "style.css").read_text("utf-8")),
+            script=Markup((here / "page.js").read_text("utf-8")),
             bundle=Markup(_bundle()) if drawn else None,
         )
 
@@ -148,7 +148,7 @@ def write(run: Run, page: Page) -> Path:
     The report is not in the run's manifest: it is drawn from what is, and can be drawn again at any time.
     """
     path = run.folder / "report.html"
-    write_atomic(path, page.html().encode())
+    write_atomic(path, page.html().encode("utf-8", "backslashreplace"))
     return path
 
 

@@ -191,6 +191,10 @@ def problem(encoder: Encoder, example: Example, where: str) -> str | None:
                     f"{where}: the answer {text!r} is tokenised otherwise after the corrupted prompt; end both "
                     "prompts with the same word"
                 )
+        unknown = getattr(encoder.tokenizer, "unk_token_id", None)
+        for text in texts:
+            if unknown is not None and unknown in encoder.continuation(example.clean, text, where):
+                return f"{where}: the answer {text!r} is unknown to this tokenizer; choose words that it knows"
         right = {encoder.continuation(example.clean, a, where) for a in example.answer}
         both = [w for w in example.wrong if encoder.continuation(example.clean, w, where) in right]
     except TaskError as error:
@@ -335,10 +339,15 @@ def encode(
             rows.append(frame.row(clean, corrupted, tail, c, i, right))
             owner.append(clean)
     _check_length(rows, model, where)
+    known = _rows_known(model)
+    for r in rows:
+        _check_known(encoder, {*r.clean, *r.corrupted, *r.targets, *r.decoder}, known, where[r.example])
+    for i in range(len(examples)):
+        _check_known(encoder, {t for c in (*answers[i], *wrong[i]) for t in c}, known, where[i])
 
     left = frame.kind == "causal"
     tokenizer = encoder.tokenizer
-    pad = next((p for p in (tokenizer.pad_token_id, tokenizer.eos_token_id) if p is not None), 0)
+    pad = next((p for p in (tokenizer.pad_token_id, tokenizer.eos_token_id) if p is not None and p < known), 0)
     width = max(len(r.clean) for r in rows)
     shift = torch.tensor([width - len(r.clean) if left else 0 for r in rows])  # (row,)
     # A read that a row does not have repeats its last one, so that every index is valid; read_mask tells them apart.
@@ -388,8 +397,26 @@ def _positions(
     return {n: torch.where(v >= 0, v + shift, v) for n, v in found.items()}
 
 
+def _rows_known(model: OpenModel) -> float:
+    """How many tokens the model has a row for; a tokenizer may have been given more."""
+    table = getattr(model.hf, "get_input_embeddings", lambda: None)()
+    return getattr(table, "num_embeddings", float("inf"))
+
+
+def _check_known(encoder: Encoder, ids: Iterable[int], known: float, where: str) -> None:
+    beyond = sorted(i for i in ids if i >= known)
+    if beyond:
+        raise TaskError(
+            f"{where}: token {encoder.show(beyond[:1])} is number {beyond[0]}, and the model knows {known:.0f}; the "
+            "tokenizer was given more tokens than the model: resize_token_embeddings, or open it with its own tokenizer"
+        )
+
+
 def _check_length(rows: Sequence[_Row], model: OpenModel, where: Sequence[str]) -> None:
-    limit = getattr(getattr(model.hf, "config", None), "max_position_embeddings", None)
+    config = getattr(model.hf, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and getattr(config, "model_type", "") in ("roberta", "xlm-roberta"):
+        limit -= int(getattr(config, "pad_token_id", None) or 0) + 1  # it counts positions from after its padding's
     longest = max(rows, key=lambda r: len(r.clean))
     if isinstance(limit, int) and len(longest.clean) > limit:
         raise TaskError(

@@ -79,14 +79,24 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
             continue
         where = f"{path.name} line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=lambda pairs: _object(pairs, where))  # noqa: B023  # called here
         except json.JSONDecodeError as error:
             raise TaskError(
                 f"{where}: not JSON ({error.msg} at column {error.colno}); write one whole object on each line"
             ) from None
+        except (ValueError, RecursionError):  # a number of thousands of digits, brackets in thousands of brackets
+            raise TaskError(f'{where}: not a row of prompts; write {{"clean": ..., ...}}') from None
         if not isinstance(row, dict):
             raise TaskError(f'{where}: a {_name(row)} where an object is needed; write {{"clean": ..., ...}}')
         yield number, row
+
+
+def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise TaskError(f"{where}: the key '{key}' stands there twice; keep one")
+    return dict(pairs)
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -130,6 +140,11 @@ def _check_keys(keys: list[str], where: str, suffix: str) -> None:
             raise TaskError(f"{where}: no '{key}'; each row needs {', '.join(NEEDED)}")
 
 
+def _is_text(value: str) -> bool:
+    """Whether it can be written down: JSON may escape one half of a surrogate pair."""
+    return not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = row.get(key, [])
     found = [value] if isinstance(value, str) else value
@@ -137,6 +152,8 @@ def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
         raise TaskError(f"{where}: '{key}' must be a text or a list of texts, not {value!r}; write it in double quotes")
     if key == "answer" and not found:
         raise TaskError(f"{where}: 'answer' is an empty list; write at least one right answer")
+    if not all(map(_is_text, found)):
+        raise TaskError(f"{where}: '{key}' holds half a character (\\ud800 to \\udfff alone); write it whole")
     if "" in found:
         raise TaskError(f"{where}: '{key}' holds an empty text; write what should follow the prompt, as ' Paris'")
     return tuple(found)
@@ -148,6 +165,8 @@ def _example(row: Mapping[str, Any], where: str, suffix: str) -> Example:
         value = row.get(key, "")
         if not isinstance(value, str):
             raise TaskError(f"{where}: '{key}' must be a text, not {value!r}; write it in double quotes")
+        if not _is_text(value):
+            raise TaskError(f"{where}: '{key}' holds half a character (\\ud800 to \\udfff alone); write it whole")
         if key != "group" and not value.strip():
             raise TaskError(f"{where}: '{key}' is empty; write a prompt that ends where the answer begins")
     if row["clean"] == row["corrupted"]:

@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint; `ModelError` when it is not one."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error}); fetch or save the model again") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds no JSON object; fetch or save the model again")
