@@ -66,9 +66,9 @@ def main() -> None:
     for name, s in found.items():
         counts = f"{s['size']['heads']} + {s['size']['mlps']}"
         edges = f"{s['size']['edges']:,} of {s['total']['edges']:,}" if "edges" in s["size"] else ""
-        line = [name, counts, edges, estimate(s["faithfulness"]), estimate(s["random"].get("high"))]
+        line = [name, counts, edges, estimate(s["faithfulness"])]
         rows.append([*line, estimate(s["cpr_log"]), estimate(s["cmd_log"]), f"`vesalius {METHODS[name]}`"])
-    header = ["scored by", "heads + MLPs", "edges", "faithfulness", "largest random", "CPR, log", "CMD, log", "command"]
+    header = ["scored by", "heads + MLPs", "edges", "faithfulness", "CPR, log", "CMD, log", "command"]
     heads, total = abc["size"]["heads"], abc["total"]["heads"]
     write(
         "ioi",
@@ -91,8 +91,7 @@ def main() -> None:
         table(header, rows),
         "## Replacing both names instead",
         f"With the counterfactual of the original paper's ABC kind (`vesalius {ABC}`), whose names do not occur in the "
-        f"clean prompt, the circuit has {heads} of {total} heads and keeps {estimate(abc['faithfulness'])} "
-        f"(random at most {estimate(abc['random'].get('high'))}).",
+        f"clean prompt, the circuit has {heads} of {total} heads and keeps {estimate(abc['faithfulness'])}.",
     )
 
 
