@@ -20,14 +20,9 @@ from scipy import stats
 
 from vesalius.errors import PartError, VesaliusError
 from vesalius.parts import Address, Edge, Part, parse
+from vesalius.records import dump
 
 Array = NDArray[np.floating[Any]]
-
-
-def strict_json(value: Any) -> str:
-    """As JSON that any reader takes: what is not finite becomes null, what JSON does not know its text."""
-    loose = json.dumps(value, default=str)
-    return json.dumps(json.loads(loose, parse_constant=lambda _: None), indent=1)
 
 
 def bootstrap_mean(values: Array, seed: int = 0, draws: int = 1000, level: float = 0.95) -> tuple[Array, Array]:
@@ -191,7 +186,7 @@ class Scores:
             frame = pd.concat([frame, extra], axis=1)
         for name, write in (
             ("scores.parquet", lambda p: frame.to_parquet(p)),
-            ("scores.json", lambda p: p.write_text(strict_json(self.info), "utf-8")),
+            ("scores.json", lambda p: p.write_bytes(dump(self.info))),
         ):
             part = folder / (name + ".part")
             write(part)

@@ -16,6 +16,8 @@ import vesalius
 from vesalius.model import Model, Pairs
 from vesalius.parts import parse_part
 from vesalius.prove import smallest
+from vesalius.prove.faithfulness import evaluate
+from vesalius.prove.proof import controls
 from vesalius.scores import Scores
 from vesalius.tasks.base import Task
 
@@ -99,7 +101,11 @@ def test_exact_patching_is_one_plain_hook_on_one_prompt(study: Study) -> None:
 
 
 def test_a_quarter_of_the_heads_does_the_job_on_prompts_not_used_to_find_them(study: Study) -> None:
-    """Measured: 37 of 270 heads and 23 MLPs, faithfulness 0.89 [0.85, 0.94]; random circuits 0.05, one in ten 0.52."""
+    """Measured: 37 of 270 heads and 23 MLPs, faithfulness 0.89 [0.85, 0.94].
+
+    Of 40 random circuits of its size 37 keep at most 0.05. The other three keep 0.36, 0.42 and 0.52, and each holds
+    L23.H3, one of the two strongest heads.
+    """
     mine = {e.clean for e in study.finding.examples(study.model.tokenizer)}
     theirs = {e.clean for e in study.proving.examples(study.model.tokenizer)}
     assert len(mine) == len(theirs) == N and mine.isdisjoint(theirs)
@@ -108,9 +114,16 @@ def test_a_quarter_of_the_heads_does_the_job_on_prompts_not_used_to_find_them(st
     faithfulness = float(proof.faithfulness["counterfactual"].values[0])
     assert len(circuit.heads) <= 0.25 * len(study.model.parts(("head",)))
     assert faithfulness >= 0.8
-    random = proof.random["counterfactual"]
+    drawn = controls(circuit, study.model, 40, 1000)
+    values, ends = evaluate(study.model, study.proving.pairs(study.model), drawn)
+    random = (values.mean(1) - ends.empty.mean()) / (ends.full.mean() - ends.empty.mean())
+    assert np.allclose(random[:10], proof.random["counterfactual"], atol=1e-3)  # the proof's own ten come first
+    strongest = set(study.exact.kind("head").top(2).parts)
+    without_them = np.array([not strongest & c.nodes for c in drawn])
+    assert without_them.sum() >= 20
+    assert faithfulness > random[without_them].max() + 0.5
     assert faithfulness > random.mean() + 0.5 and faithfulness > random.max() + 0.2
-    assert len(proof.random["counterfactual"]) == 10
+    assert np.mean(faithfulness > random + 0.5) >= 0.9
     # Without the circuit the rest of the model does nothing of the job.
     without = proof.completeness.set_index("removed").loc["all of it", "model_without"]
     assert abs(without) < 0.1

@@ -17,7 +17,8 @@ from torch import Tensor
 from vesalius.errors import PartError, VesaliusError
 from vesalius.model.graph import Bools, EdgeList, Floats, Ints, Level, Universe, as_numpy
 from vesalius.parts import Address, Edge, Part, parse, parse_part
-from vesalius.scores import Scores, strict_json
+from vesalius.records import dump
+from vesalius.scores import Scores
 
 TRIES = 100  # draws of a random circuit that comes out too small
 
@@ -145,7 +146,7 @@ class Circuit:
         part = path.with_name(path.name + ".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(strict_json(data), "utf-8")
+            part.write_bytes(dump(data))
             part.replace(path)
         except OSError as error:
             raise VesaliusError(f"cannot write the circuit to {path}: {error}; choose another folder") from error
