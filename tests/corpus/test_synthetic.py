@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from vesalius.corpus import SYNTHETIC, CorpusError, digest, synthetic_source
+from vesalius.errors import UnknownName
+
+
+@pytest.mark.parametrize("name", SYNTHETIC.names())
+def test_batches_are_a_function_of_seed_and_step(name: str) -> None:
+    source = synthetic_source(name, rows=16, seed=3)
+    again = synthetic_source(**json.loads(json.dumps(source.describe())))
+    late = digest(source.batch(7))
+    assert digest(again.batch(7)) == late == digest(source.batch(7)) and again.fingerprint == source.fingerprint
+    others = [
+        source.batch(8),
+        *(synthetic_source(name, rows=16, **o).batch(7) for o in ({"seed": 4}, {"split": "test", "seed": 3})),
+    ]
+    assert late not in [digest(b) for b in others]
+    batch = source.batch(0)
+    assert batch.ids.shape == batch.segments.shape == (16, source.length + 1) and batch.mask is not None
+    assert batch.ids.min() >= 0 and batch.ids.max() < source.vocab_size
+    assert batch.mask.any(axis=1).all() and not batch.mask[:, 0].any()
+    with pytest.raises(UnknownName):
+        synthetic_source(name, vocabulary=3)
+
+
+def best(name: str, row: np.ndarray, at: int, source: object) -> int:
+    """What a reader who knows the rule says stands at `at`, from the tokens before it."""
+    past = row[:at].tolist()
+    if name == "induction":
+        return past[past.index(past[-1]) + 1]
+    if name in ("assoc_recall", "mqar"):
+        places = [i for i in range(0, len(past) - 1, 2) if past[i] == past[-1]]
+        return past[places[0] + 1]
+    if name == "selective_copy":
+        mark = past.index(1)
+        return [x for x in past[:mark] if x > 1][len(past) - mark - 1]
+    if name == "dyck":
+        open_: list[int] = []
+        for x in past:
+            open_.append(x) if x % 2 == 0 else open_.pop()
+        return open_[-1] + 1
+    if name == "parity":
+        return 2 + sum(past[::2]) % 2
+    if name == "markov2":
+        return int(source.table[past[-1], past[-2]])  # type: ignore[attr-defined]
+    return past[at - source.span]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", SYNTHETIC.names())
+def test_the_best_reader_is_as_right_as_stated_and_a_guess_at_chance(name: str) -> None:
+    source = synthetic_source(name, rows=300)
+    batch = source.batch(5)
+    assert batch.mask is not None
+    spots = np.argwhere(batch.mask)[:4000]
+    right = np.mean([best(name, batch.ids[r], int(c), source) == batch.ids[r, c] for r, c in spots])
+    assert right == pytest.approx(source.optimal, abs=0.03 if source.optimal < 1 else 0)
+    scored = batch.ids[batch.mask]
+    commonest = np.bincount(scored).max() / len(scored)
+    assert commonest == pytest.approx(source.chance, abs=4 * np.sqrt(source.chance / len(scored)) + 0.03)
+
+
+def test_dyck_is_balanced_and_bounded() -> None:
+    for length in (63, 64):
+        source = synthetic_source("dyck", rows=200, length=length, depth=4, kinds=3)
+        depth = np.cumsum(np.where(source.batch(0).ids % 2 == 0, 1, -1), axis=1)
+        assert depth.min() >= 0 and depth.max() <= 4
+        if length % 2:
+            assert (depth[:, -1] == 0).all()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(CorpusError, match="at least 31"):
+        synthetic_source("mqar", length=20)
+    with pytest.raises(CorpusError, match="an odd length"):
+        synthetic_source("parity", length=20)
+    with pytest.raises(UnknownName, match="did you mean 'induction'"):
+        synthetic_source("inductoin")
