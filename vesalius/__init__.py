@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vesalius.autoload import announce
+
 __version__ = "0.1.0"
 
 _LAZY = {
@@ -28,6 +30,8 @@ _LAZY = {
     "parse": "vesalius.parts:parse",
     "VesaliusError": "vesalius.errors:VesaliusError",
 }
+
+announce()  # transformers' Auto classes open the models of `vesalius.build`; nothing is loaded for it
 
 if TYPE_CHECKING:
     from vesalius.errors import VesaliusError

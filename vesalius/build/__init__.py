@@ -1,5 +1,75 @@
-"""Models made here: planted ones, whose mechanism is set by hand and known."""
+"""Models made here: from swappable parts (`preset`, `Architecture`, `build`), and planted ones of known mechanism."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from vesalius.build.planted import PLANTED, Planted, Prompt, TrueCircuit, planted
 
-__all__ = ["PLANTED", "Planted", "Prompt", "TrueCircuit", "planted"]
+_LAZY = {
+    "Architecture": "architecture",
+    "Norm": "architecture",
+    "Positions": "architecture",
+    "FEEDFORWARDS": "feedforwards",
+    "INITS": "init",
+    "MIXERS": "mixers",
+    "STOCK": "stock",
+    "adopt": "stock",
+    "build": "stock",
+    "export": "stock",
+    "stock_config": "stock",
+    "stock_name": "stock",
+    "why_not": "stock",
+    "cache_bytes": "counting",
+    "flops": "counting",
+    "parameters": "counting",
+    "preset": "catalogue",
+    "presets": "catalogue",
+}
+
+if TYPE_CHECKING:
+    from vesalius.build.architecture import Architecture, Norm, Positions
+    from vesalius.build.catalogue import preset, presets
+    from vesalius.build.counting import cache_bytes, flops, parameters
+    from vesalius.build.feedforwards import FEEDFORWARDS
+    from vesalius.build.init import INITS
+    from vesalius.build.mixers import MIXERS
+    from vesalius.build.stock import STOCK, adopt, build, export, stock_config, stock_name, why_not
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'vesalius.build' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"vesalius.build.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+__all__ = [
+    "FEEDFORWARDS",
+    "INITS",
+    "MIXERS",
+    "PLANTED",
+    "STOCK",
+    "Architecture",
+    "Norm",
+    "Planted",
+    "Positions",
+    "Prompt",
+    "TrueCircuit",
+    "adopt",
+    "build",
+    "cache_bytes",
+    "export",
+    "flops",
+    "parameters",
+    "planted",
+    "preset",
+    "presets",
+    "stock_config",
+    "stock_name",
+    "why_not",
+]

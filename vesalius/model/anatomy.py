@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml
@@ -74,11 +74,11 @@ class FamilySpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model_types: list[str]
-    norm: NormKind
+    norm: NormKind | str
     parallel: bool | str = False
     post_norm: bool | str = False
     gated: bool | str = False
-    causal: bool = True
+    causal: bool | str = True
     attention: Literal["interface", "dropout"] = "interface"
     qkv_layout: Literal["concat", "interleaved"] | None = None
     kv_heads_attribute: str | None = None
@@ -314,6 +314,8 @@ def read_anatomy(hf: PreTrainedModel) -> Anatomy:
             "A new family is one file in vesalius/model/families/ (see CONTRIBUTING)"
         )
     spec = table[model_type]
+    if spec.norm.startswith("config."):
+        spec = spec.model_copy(update={"norm": getattr(config, spec.norm.removeprefix("config."))})
     for flag, why in spec.refuse.items():
         if _flag(flag, config):
             raise ModelError(f"{model_type} with {flag.removeprefix('config.')} {why}; this variant is not supported")
@@ -345,8 +347,10 @@ def read_anatomy(hf: PreTrainedModel) -> Anatomy:
 
 
 def _read_stack(hf: PreTrainedModel, family: FamilySpec, spec: StackSpec, post_norm: bool) -> Stack:
+    kind = cast(NormKind, family.norm)
+
     def norm(module: nn.Module | None) -> NormView | None:
-        return None if module is None else NormView(module, family.norm)
+        return None if module is None else NormView(module, kind)
 
     def need(module: nn.Module, path: str) -> nn.Module:
         found = _find(module, path)
@@ -363,8 +367,8 @@ def _read_stack(hf: PreTrainedModel, family: FamilySpec, spec: StackSpec, post_n
             assert b.q and b.k and b.v
             projections = {"q": need(module, b.q), "k": need(module, b.k), "v": need(module, b.v)}
         norm_in, norm_mid = (
-            NormView(need(module, b.norm_in), family.norm),
-            NormView(need(module, b.norm_mid), family.norm),
+            NormView(need(module, b.norm_in), kind),
+            NormView(need(module, b.norm_mid), kind),
         )
         shared: dict[str, Any] = {
             "layer": layer,
@@ -380,7 +384,7 @@ def _read_stack(hf: PreTrainedModel, family: FamilySpec, spec: StackSpec, post_n
         head_norms = tuple(n for n in (norm(_find(module, b.q_norm)), norm(_find(module, b.k_norm))) if n is not None)
         cross, extra = None, []
         if b.cross_attn and b.cross_q and b.cross_k and b.cross_v and b.cross_o and b.norm_cross:
-            norm_cross = NormView(need(module, b.norm_cross), family.norm)
+            norm_cross = NormView(need(module, b.norm_cross), kind)
             extra.append(norm_cross)
             cross = Block(
                 **shared,
@@ -411,7 +415,7 @@ def _read_stack(hf: PreTrainedModel, family: FamilySpec, spec: StackSpec, post_n
     scale = float(hf.config.d_model) ** -0.5 if _flag(spec.logit_scale, hf.config) else 1.0
     return Stack(
         prefix=spec.prefix,
-        causal=family.causal if spec.causal is None else spec.causal,
+        causal=_flag(family.causal, hf.config) if spec.causal is None else spec.causal,
         blocks=blocks,
         final_norm=final_norm,
         project_out=_find(hf, spec.project_out),

@@ -144,8 +144,16 @@ def _projected(b: Bench, block: Block, side: str, normed: Tensor) -> Tensor:
     return found if bias is None else found + bias
 
 
+def _attending(b: Bench, some: bool = False) -> list[tuple[str, int, Block]]:
+    """The blocks whose mixer has an attention pattern."""
+    found = [(s, n, block) for s, n, block in b.blocks(some=some) if Site("pattern", n, s) in b.recorded.sites]
+    if not found:
+        raise NotApplicable("this model's mixers have no attention pattern")
+    return found
+
+
 def _patterns(b: Bench, worst: Worst) -> None:
-    for stack, layer, block in b.blocks():
+    for stack, layer, block in _attending(b):
         for prefix in ("", "cross_") if block.cross is not None else ("",):
             pattern = b.site(stack, layer, f"{prefix}pattern")
             at = f"{block_name(stack, layer)}.{prefix}pattern"
@@ -162,7 +170,7 @@ def _patterns(b: Bench, worst: Worst) -> None:
 
 def _sides(b: Bench, worst: Worst) -> None:
     """Moves one head's query, key and value at one position, each in its own copy of a prompt."""
-    for stack, layer, block in b.blocks(some=True):
+    for stack, layer, block in _attending(b, some=True):
         for prefix in ("", "cross_") if block.cross is not None else ("",):
             _sides_of(b, worst, stack, layer, prefix)
 

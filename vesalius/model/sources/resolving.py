@@ -8,13 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vesalius import checkpoints
 from vesalius.errors import DownloadError, ModelError
 from vesalius.model.sources import checkpoint, hub, wheels
 from vesalius.model.sources.cache import Cache, cache_folder
 from vesalius.model.sources.catalogue import KEY_DIGITS, Entry, catalogue
 from vesalius.model.sources.hashing import remembered_sha256
 from vesalius.model.sources.located import Located, Progress, silent
-from vesalius.model.sources.spec import Folder, Gguf, Hub, Wheel, exists, parse
+from vesalius.model.sources.spec import Folder, Gguf, Hub, Step, Wheel, exists, parse
+from vesalius.runs import find_run
 
 
 def resolve(
@@ -30,7 +32,8 @@ def resolve(
 
     Args:
         spec: a short name of the catalogue (`vesalius models` lists them), with @REVISION if it is a hub model; a hub
-            name `org/name` or `org/name@revision`; a folder with a checkpoint; a GGUF file;
+            name `org/name` or `org/name@revision`; a folder with a checkpoint; a GGUF file; a step of a training run
+            `RUN@step512` or `RUN@last`;
             `wheel:NAME==VERSION/path/inside[+...][#sha256=HEX]`. A short name goes before a folder of the same name:
             write `./NAME` for the folder.
         cache: the cache folder; None is $VESALIUS_CACHE, else the user's own.
@@ -66,6 +69,8 @@ def resolve(
         return _from_hub(source, spec, source.repo, None, store, trust_remote_code, tell, verify, refetch)
     if isinstance(source, Gguf):
         return _from_gguf(source, spec, store, tell, verify, refetch)
+    if isinstance(source, Step):
+        return _from_step(source, spec)
     if refetch:
         raise ModelError(f"'{spec}' is a folder of yours, not a copy of something: there is nothing to fetch again")
     return _from_folder(source, spec, store, tell, verify)
@@ -167,6 +172,22 @@ def _from_folder(folder: Folder, spec: str, store: Cache, tell: Progress, verify
     sha256, fingerprint = checkpoint.fingerprints(path, checkpoint.hash_weights(files, store.hashes, verify))
     name = path.resolve().name
     return Located(path, name, spec, sha256, fingerprint, f"folder {path.resolve()}", checkpoint.licence_of(path))
+
+
+def _from_step(source: Step, spec: str) -> Located:
+    run = find_run(source.run if "/" not in source.run else str(Path(source.run).expanduser()))
+    place = run.folder / checkpoints.FOLDER
+    known = checkpoints.steps_in(place)
+    if not known:
+        raise ModelError(f"{run.folder} has no checkpoints; `vesalius train` makes runs that have")
+    step = known[-1] if source.step is None else source.step
+    folder = place / checkpoints.name_of(step)
+    checkpoints.check(folder)
+    listed = {n: str(e["sha256"]) for n, e in checkpoints.manifest(folder).items() if checkpoint.is_shard(n)}
+    checkpoint.weight_files(folder, spec)
+    sha256, fingerprint = checkpoint.fingerprints(folder, listed)
+    licence = "follows the corpus it was trained on"
+    return Located(folder, f"{run.name}@step{step}", spec, sha256, fingerprint, f"run {run.name}, step {step}", licence)
 
 
 def _through_cache(

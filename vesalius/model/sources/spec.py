@@ -11,6 +11,7 @@ from vesalius.errors import ModelError, UnknownName
 NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 WHEEL_PART = re.compile(rf"(?P<name>{NAME})==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)/(?P<path>.+)")
 HUB = re.compile(rf"(?P<repo>{NAME}/{NAME})(?:@(?P<revision>[\w./-]+))?")
+STEP = re.compile(r"(?P<run>.+)@(?:step(?P<step>\d+)|last)")
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,23 @@ class Gguf:
     path: Path
 
 
-Source = Wheel | Hub | Folder | Gguf
+@dataclass(frozen=True)
+class Step:
+    """A checkpoint of a training run; step None is the last one."""
+
+    run: str
+    step: int | None
+
+
+Source = Wheel | Hub | Folder | Gguf | Step
 
 
 def parse(spec: str, short_names: list[str]) -> Source:
     """Reads a spec that is not itself a short name of the catalogue.
 
-    The order settles what a text means: `wheel:`, then a path that is written as one or exists, then a hub name. A new
-    form (a step of a training run, say) is one more dataclass above and one more test here.
+    The order settles what a text means: `wheel:`, then a step of a run (`RUN@step512`, `RUN@last`; RUN as a folder, or
+    a run's name), then a path that is written as one or exists, then a hub name. `org/name@step512` is a hub revision
+    unless there is a run in the folder `org/name`.
 
     Example:
         >>> parse("openai-community/gpt2@main", [])
@@ -76,6 +86,9 @@ def parse(spec: str, short_names: list[str]) -> Source:
         raise ModelError("no model was named; try smollm2-135m, or see `vesalius models`")
     if spec.startswith("wheel:"):
         return parse_wheel(spec)
+    step = STEP.fullmatch(spec)
+    if step is not None and ("/" not in step["run"] or exists(Path(step["run"]).expanduser() / "request.json")):
+        return Step(step["run"], int(step["step"]) if step["step"] else None)
     path = Path(spec).expanduser()
     written_as_path = spec.startswith((".", "/", "~")) or path.is_absolute() or "\\" in spec
     if spec.lower().endswith(".gguf"):

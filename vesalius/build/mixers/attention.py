@@ -1,0 +1,94 @@
+"""Softmax attention, multi-head, grouped-query or multi-query (Vaswani et al. 2017; Shazeer 2019; Ainslie et al. 2023).
+
+    o_t = sum_s softmax_s(q_t . k_s / sqrt(d_head) + bias_ts) v_s
+
+Key and value heads are shared by groups of heads / kv_heads query heads. Rotary positions turn q and k; ALiBi's and
+T5's biases and all masks arrive as one additive mask.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vesalius.build.mixers.base import Context, Mixer
+
+if TYPE_CHECKING:
+    from vesalius.build.architecture import Architecture
+
+BUILT_IN = ("sdpa", "eager", None)  # names under which `torch` itself attends; any other goes to transformers' table
+
+
+class Attention(Mixer):
+    """Attention by `F.scaled_dot_product_attention`, or by whatever function transformers has been told to use."""
+
+    bidirectional = True
+    needs_positions = True
+
+    def __init__(self, architecture: Architecture, config: Any = None) -> None:
+        super().__init__(architecture, config)
+        a = architecture
+        self.q = nn.Linear(a.d_model, a.heads * a.d_head, bias=a.bias)
+        self.k = nn.Linear(a.d_model, a.kv_heads * a.d_head, bias=a.bias)
+        self.v = nn.Linear(a.d_model, a.kv_heads * a.d_head, bias=a.bias)
+        self.o = nn.Linear(a.heads * a.d_head, a.d_model, bias=a.bias)
+        self.is_causal = a.kind != "masked"
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        d_head = self.architecture.d_head
+        q, k, v = (p(x).unflatten(-1, (-1, d_head)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        if context.position_embeddings is not None:
+            q, k = (rotate(side, *context.position_embeddings) for side in (q, k))
+        if context.past is not None:
+            k, v = context.past.update(k, v, context.layer)
+        z = self._attend(q, k, v, context)  # (batch, pos, head, d_head)
+        return self.o(z.flatten(-2)), {}
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        mask, dropout = context.attention_mask, self.architecture.dropout if self.training else 0.0
+        implementation = getattr(self.config, "_attn_implementation", None)
+        if implementation not in BUILT_IN:
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+            attend = ALL_ATTENTION_FUNCTIONS[implementation]
+            return attend(self, q, k, v, mask, scaling=self.architecture.d_head**-0.5, dropout=dropout)[0]
+        # "is_causal" compares positions counted from the start of both, so it fits only where all keys are new
+        causal = mask is None and context.causal and q.shape[2] > 1
+        z = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return z.transpose(1, 2)
+
+    @classmethod
+    def parameters_of(cls, architecture: Architecture) -> int:
+        a = architecture
+        inner, shared = a.heads * a.d_head, 2 * a.kv_heads * a.d_head
+        weights = a.d_model * (2 * inner + shared)
+        return weights + (inner + shared + a.d_model if a.bias else 0)
+
+    @classmethod
+    def flops(cls, architecture: Architecture, length: int) -> int:
+        """Projections, and scores and sums over all pairs of positions (masked ones are computed too)."""
+        a = architecture
+        projections = 2 * length * a.d_model * a.d_head * (2 * a.heads + 2 * a.kv_heads)
+        return projections + 4 * length * length * a.heads * a.d_head
+
+    @classmethod
+    def state_bytes(cls, architecture: Architecture, length: int, itemsize: int = 4) -> int:
+        return 2 * architecture.kv_heads * architecture.d_head * length * itemsize
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the first dimensions of every head by its position's angles (Su et al. 2021, arXiv 2104.09864).
+
+    Args:
+        x: (batch, head, pos, d_head). cos, sin: (batch or 1, pos, dims); dimension i turns with i + dims / 2.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, still], dim=-1)
