@@ -65,6 +65,13 @@ _OWN = {"request.json", "status.json", "versions.json", "manifest.json", "lock",
 _NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 
 
+def folder_of(request: Mapping[str, Any], out: Path | str | None = None) -> Path:
+    """Where the run of a request lies, whether it is there or not."""
+    clean = plain(request)
+    parent = Path(out) if out is not None else DEFAULT_ROOT
+    return parent / f"{slug(clean)}-{request_hash(clean)[:_DIGITS]}"
+
+
 class Stage:
     """The stage a run is in; tell it how far it is."""
 
@@ -125,9 +132,8 @@ class Run:
                 writing the run now.
         """
         clean = plain(request)
-        parent = Path(out) if out is not None else DEFAULT_ROOT
-        digest = request_hash(clean)
-        folder = parent / f"{slug(clean)}-{digest[:_DIGITS]}"
+        folder = folder_of(clean, out)
+        parent = folder.parent
         for path in (parent, folder):
             if path.exists() and not path.is_dir():
                 raise RunError(f"{path} is a file, not a folder for runs; name another with --out")
@@ -147,7 +153,10 @@ class Run:
     def _begin(cls, folder: Path, request: dict[str, Any], lock: Lock, fresh: bool, command_line: str) -> Run:
         run = cls(folder, request, lock, writable=True)
         for path in [*folder.rglob("*.part")]:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         if fresh:
             run._forget()
         if (folder / "request.json").exists():
@@ -573,6 +582,6 @@ def list_runs(root: Path | str = DEFAULT_ROOT) -> pd.DataFrame:
 
 
 __all__ = [
-    "DEFAULT_ROOT", "Checkpoint", "Run", "Stage", "find_run", "list_runs", "plain", "request_hash", "slug", "versions",
-    "write_atomic",
+    "DEFAULT_ROOT", "Checkpoint", "Run", "Stage", "find_run", "folder_of", "list_runs", "plain", "request_hash", "slug",
+    "versions", "write_atomic",
 ]  # fmt: skip

@@ -1,0 +1,183 @@
+"""Checkpoints of a training run: ordinary model folders with the trainer's state beside, each whole or absent.
+
+    steps/step512/
+        config.json, model.safetensors, tokenizer...     opens in transformers as it is
+        trainer/state.safetensors                        optimizer tensors, `parameter/name of the tensor`
+        trainer/state.json                               step, optimizer settings, what decides data and chance
+        manifest.json                                    size and sha256 of every file above
+
+A checkpoint is written in a folder of another name, flushed to disk and renamed. Nothing in it tells the time, so that
+two runs of one recipe leave the same bytes. Random numbers are functions of (seed, step): there is no generator whose
+state would have to be kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vesalius.errors import RunError
+from vesalius.records import dump, read_json, sha256, why, write_atomic
+
+FOLDER = "steps"  # of a run, holds its checkpoints
+MANIFEST = "manifest.json"
+STATE = "trainer/state.safetensors"
+NOTE = "trainer/state.json"
+_STEP = re.compile(r"step(\d+)")
+
+
+def name_of(step: int) -> str:
+    """The folder's name of a step: `step512`."""
+    return f"step{step}"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps that have a checkpoint in the folder, whole or not, in order."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(m[1]) for p in folder.iterdir() if (m := _STEP.fullmatch(p.name)) and (p / MANIFEST).exists())
+
+
+def write(folder: Path, fill: Callable[[Path], object], remedy: str = "free some space") -> Path:
+    """Writes a folder whole or not at all; one that is already there and whole is left as it is.
+
+    Args:
+        folder: where it shall stand.
+        fill: writes the files into the folder it is handed.
+        remedy: what to do when the disk refuses.
+
+    Raises:
+        RunError: if it cannot be written; earlier checkpoints are untouched.
+    """
+    if (folder / MANIFEST).exists() and not troubles(folder):
+        return folder
+    part = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        fill(part)
+        files = sorted(p for p in part.rglob("*") if p.is_file())
+        for file in files:
+            _flush(file)
+        listed = {p.relative_to(part).as_posix(): _entry(p) for p in files}
+        write_atomic(part / MANIFEST, dump({"files": listed}))
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        with contextlib.suppress(OSError):  # some file systems do not sync folders
+            _flush(folder.parent)
+    except (OSError, SafetensorError, RunError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        reason = str(error) if isinstance(error, RunError) else why(error)
+        raise RunError(f"cannot save {folder}: {reason}; {remedy}; checkpoints saved before are untouched") from error
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return folder
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files of a checkpoint with their sizes and sha256."""
+    found = read_json(folder / MANIFEST, "train the run again from an earlier step").get("files")
+    if not isinstance(found, dict) or not all(isinstance(e, dict) and "sha256" in e for e in found.values()):
+        raise RunError(f"{folder / MANIFEST} was changed by hand or is damaged; remove {folder} and resume the run")
+    return found
+
+
+def troubles(folder: Path) -> list[str]:
+    """What of a checkpoint is missing or changed, one reason each; empty if it is whole."""
+    try:
+        listed = manifest(folder)
+    except RunError as error:
+        return [str(error)]
+    found = []
+    for name, entry in listed.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != entry.get("bytes"):
+                found.append(f"{path} has {size} bytes instead of {entry.get('bytes')}")
+            elif sha256(path) != entry["sha256"]:
+                found.append(f"{path} was changed after it was saved (its sha256 differs)")
+        except OSError as error:
+            found.append(f"{path} cannot be read ({why(error)})")
+    return found
+
+
+def check(folder: Path) -> None:
+    """Refuses a checkpoint that is not as it was saved.
+
+    Raises:
+        RunError: naming the file at fault, and the steps that can be used instead.
+    """
+    if not (folder / MANIFEST).exists():
+        known = ", ".join(map(str, steps_in(folder.parent))) or "none"
+        raise RunError(f"there is no checkpoint {folder}; saved steps: {known}")
+    if found := troubles(folder):
+        good = [s for s in steps_in(folder.parent) if s != _number(folder) and not troubles(folder.parent / name_of(s))]
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        usable = ", ".join(map(str, good)) or "none"
+        raise RunError(f"{found[0]}{more}; use another step ({usable}), or --resume the run to make it again")
+
+
+def _number(folder: Path) -> int:
+    found = _STEP.fullmatch(folder.name)
+    return int(found[1]) if found else -1
+
+
+def latest(folder: Path) -> tuple[int | None, list[str]]:
+    """The last step with a whole checkpoint and the trainer's state, and why later ones were passed over."""
+    passed = []
+    for step in reversed(steps_in(folder)):
+        place = folder / name_of(step)
+        if found := troubles(place):
+            passed.append(found[0])
+        elif STATE not in manifest(place):
+            passed.append(f"{place} has no trainer state")
+        else:
+            return step, passed
+    return None, passed
+
+
+def drop_state(folder: Path) -> None:
+    """Removes the trainer's state from a checkpoint, leaving the model."""
+    listed = manifest(folder)
+    if STATE in listed:
+        listed.pop(STATE)
+        write_atomic(folder / MANIFEST, dump({"files": listed}))  # first: a killed process leaves a file nobody lists
+        (folder / STATE).unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Tensors as safetensors, in one order whatever order they come in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  # not a mapping
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read ({why(error)}); resume from another step") from error

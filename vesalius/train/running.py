@@ -1,0 +1,396 @@
+"""A recipe as a run: started, watched, killed, gone on with, finished.
+
+    RUN/request.json      the whole recipe
+    RUN/recipe.yaml       the same for people
+    RUN/steps/step512/    checkpoints (see `vesalius.checkpoints`)
+    RUN/data.json         what decides the batches: store, order, tokenizer, with fingerprints
+    RUN/log.parquet       every step: loss, learning rate, gradient norm, tokens, seconds
+    RUN/evaluation.parquet  held-out loss by step
+    RUN/summary.json      the end: losses, bits per byte, the compute ledger
+
+A run goes on from its last whole checkpoint. Between scheduled checkpoints one more is kept every ten minutes, and one
+when the run is interrupted; it goes when the next scheduled one is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+import torch
+
+from vesalius import checkpoints
+from vesalius.errors import RunError
+from vesalius.records import plain, versions
+from vesalius.runs import Run, find_run, folder_of
+from vesalius.train.assembly import assemble
+from vesalius.train.ledger import Ledger, flops_per_step, optimizer_bytes, six_n_t
+from vesalius.train.parallel import World, unwrap
+from vesalius.train.recipe import Recipe
+from vesalius.train.schedules import checkpoint_steps
+from vesalius.train.trainer import StepLog, deterministic
+
+RESCUE_SECONDS = 600.0
+SHOW_SECONDS = 20.0  # between two drawings of the live curve
+PROBES = 3  # gradients timed each way to tell what determinism costs
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes."""
+
+    def message(self, text: str) -> None:
+        """Something that takes a while begins, or something to know."""
+        ...
+
+    def step(self, log: StepLog, total: int, ledger: Ledger, held_out: float | None) -> None:
+        """A step was made."""
+        ...
+
+    def saved(self, run: Run, step: int) -> None:
+        """New numbers lie in the run's folder."""
+        ...
+
+
+class Silent:
+    """Tells nobody."""
+
+    def message(self, text: str) -> None:
+        return
+
+    def step(self, log: StepLog, total: int, ledger: Ledger, held_out: float | None) -> None:
+        return
+
+    def saved(self, run: Run, step: int) -> None:
+        return
+
+
+def request_of(recipe: Recipe) -> dict[str, Any]:
+    """What names the run: the recipe, whole."""
+    return {"command": "train", "model": recipe.name, "recipe": recipe.model_dump(mode="json")}
+
+
+def recipe_of(run: Run) -> Recipe:
+    """The recipe of a training run."""
+    if run.request.get("command") != "train":
+        raise RunError(f"{run.folder} is a run of `vesalius {run.request.get('command')}`, not a training run")
+    return Recipe.model_validate(run.request["recipe"])
+
+
+def train(
+    recipe: Recipe,
+    out: Path | str | None = None,
+    *,
+    fresh: bool = False,
+    command_line: str = "",
+    watcher: Watcher | None = None,
+    world: World | None = None,
+    strategy: str = "ddp",
+    sequence_parallel: bool = False,
+) -> Path:
+    """Trains by a recipe, going on where an earlier sitting stopped; returns the run's folder.
+
+    Args:
+        recipe: see `read_recipe`.
+        out: the folder that holds runs.
+        fresh: forget what an earlier sitting left.
+        command_line: shown in the report.
+        watcher: told of steps and checkpoints.
+        world: the processes that share the work (`World.start()` under torchrun).
+        strategy: how data ranks share it: ddp or fsdp.
+        sequence_parallel: with tensor parallelism, also shard what lies between the split matrices.
+
+    Raises:
+        VesaliusError: naming what in the recipe, the data, the disk or the checkpoint is at fault.
+    """
+    world, watcher = world or World.single(), watcher or Silent()
+    request = request_of(recipe)
+    if not world.is_main:
+        world.barrier()  # the main process has the run's folder now
+        sitting = _Sitting(None, folder_of(request, out), recipe, world, watcher, strategy, sequence_parallel)
+        if not sitting.finished:
+            sitting.go()
+        return sitting.folder
+    with Run.start(request, out, fresh, command_line) as run:
+        if fresh:
+            shutil.rmtree(run.folder / checkpoints.FOLDER, ignore_errors=True)
+        world.barrier()
+        sitting = _Sitting(run, run.folder, recipe, world, watcher, strategy, sequence_parallel)
+        if not (run.done and sitting.finished):
+            sitting.go()
+    return run.folder
+
+
+class _Sitting:
+    """One process's part in one sitting of a run; `run` is there on the main process alone."""
+
+    def __init__(
+        self,
+        run: Run | None,
+        folder: Path,
+        recipe: Recipe,
+        world: World,
+        watcher: Watcher,
+        strategy: str,
+        sequence_parallel: bool,
+    ) -> None:
+        self.run, self.folder, self.recipe, self.world, self.watcher = run, folder, recipe, world, watcher
+        self.strategy, self.sequence_parallel = strategy, sequence_parallel
+        self.steps = folder / checkpoints.FOLDER
+        plan = recipe.checkpoints
+        self.schedule = {s for s in checkpoint_steps(recipe.steps, plan.every, plan.log)} | {recipe.steps}
+        self.schedule |= {s for s in plan.at if s <= recipe.steps}
+        if recipe.branch is not None:
+            self.schedule = {s for s in self.schedule if s >= recipe.branch.step}
+        self.ledger = Ledger()
+        self.log: list[dict[str, Any]] = []
+        self.evaluation: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.shown = time.monotonic()
+        self.last_save = time.monotonic()
+        self.rescue: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last checkpoint is there, whole."""
+        place = self.steps / checkpoints.name_of(self.recipe.steps)
+        return (place / checkpoints.MANIFEST).exists() and not checkpoints.troubles(place)
+
+    def go(self) -> None:
+        """Trains to the end."""
+        recipe = self.recipe
+        made = assemble(recipe, self.world, self.watcher.message, self.strategy, self.sequence_parallel)
+        self.made = made
+        self.trainer = made.trainer
+        exact = recipe.deterministic if recipe.deterministic is not None else made.trainer.device.type == "cpu"
+        self._go_on()
+        with deterministic(exact), _interruptible():
+            self._begin(exact)
+            try:
+                self._loop()
+            except (KeyboardInterrupt, RunError):
+                self._keep_rescue()
+                raise
+        self._end(exact)
+
+    def _go_on(self) -> None:
+        """Takes up the last whole checkpoint of this run, or the one it branches from."""
+        step, passed = checkpoints.latest(self.steps)
+        for reason in passed:
+            self._note(f"{reason}; that checkpoint is made again")
+        if step is not None:
+            note = self.trainer.load(self.steps / checkpoints.name_of(step))
+            self._same(note)
+            self._remember(step)
+            self.rescue = None if step in self.schedule else step
+            self.watcher.message(f"going on from step {step}")
+        elif self.recipe.branch is not None:
+            branch = self.recipe.branch
+            parent = find_run(branch.run)
+            self.made.branch(self.trainer, parent.folder / checkpoints.FOLDER / checkpoints.name_of(branch.step))
+
+    def _same(self, note: dict[str, Any]) -> None:
+        now = plain(self._told())
+        if note.get("data") != now["data"]:
+            raise RunError(
+                f"the data of {self.folder} is no longer what it was trained on (its fingerprint differs); bring back "
+                "the corpus and tokenizer, or start again with --fresh"
+            )
+        old, new = note.get("versions", {}), now["versions"]
+        if changed := [f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]:
+            self._note(f"went on with {', '.join(changed)}: equal to rounding, not to the bit")
+
+    def _told(self) -> dict[str, Any]:
+        """What a checkpoint says of where it comes from."""
+        used = {k: v for k, v in versions().items() if k in ("vesalius", "torch", "transformers", "threads")}
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "data": self.made.description,
+            "versions": used,
+            "lineage": self.made.lineage,
+            "chance": "dropout and objectives draw from generators seeded with (seed, step, data rank, micro-batch)",
+        }
+
+    def _remember(self, step: int) -> None:
+        """The log up to a step, as an earlier sitting wrote it."""
+        if self.run is None:
+            return
+        for name, rows in (("log", self.log), ("evaluation", self.evaluation)):
+            if self.run.has(name):
+                table = self.run.table(name)
+                rows.extend(table[table["step"] < step + (name == "evaluation")].to_dict("records"))  # type: ignore[arg-type]
+        for row in self.log:
+            self.ledger.tokens += int(row["tokens"])
+            self.ledger.seconds += float(row["seconds"])
+            self.ledger.steps += 1
+
+    def _begin(self, exact: bool) -> None:
+        trainer = self.trainer
+        sample = trainer.sample(trainer.done)
+        plain_model = unwrap(trainer.model)
+        self.flops = None
+        if self.world.size == 1:
+            self.flops = flops_per_step(plain_model, sample, **trainer.always)
+        self.ledger.flops = self.ledger.steps * (self.flops or 0)
+        self.cost = None
+        left = self.recipe.steps - trainer.done
+        if exact and self.world.size == 1 and left >= 100 * PROBES:
+            self.cost = self._cost_of_exactness()
+            self.watcher.message(f"deterministic: a gradient takes {self.cost:.2f} times as long as otherwise")
+        if self.run is not None:
+            self.run.save_file("recipe.yaml", self.recipe.yaml().encode())
+            self.run.save_json("data", {**self.made.description, "lineage": self.made.lineage})
+        if trainer.done in self.schedule:
+            self._save()
+            if not self.evaluation:
+                self._evaluate()
+
+    def _cost_of_exactness(self) -> float:
+        """Time of a gradient with deterministic algorithms over the time without, the least of a few each."""
+        trainer = self.trainer
+        trainer.model.train()
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(PROBES):
+            for on in times:
+                torch.use_deterministic_algorithms(on)
+                began = time.perf_counter()
+                trainer.gradients(trainer.done)
+                times[on].append(time.perf_counter() - began)
+                trainer.optimizer.zero_grad(set_to_none=True)
+        torch.use_deterministic_algorithms(True)
+        return min(times[True]) / min(times[False])
+
+    def _loop(self) -> None:
+        recipe, held_out = self.recipe, None
+        for log in self.trainer.steps(recipe.steps):
+            self.ledger.add(log.tokens, self.flops or 0, log.seconds)
+            row = {k: v for k, v in asdict(log).items() if k != "logs"}
+            self.log.append({**row, **log.logs})
+            done = self.trainer.done
+            if done % recipe.evaluate.every == 0 or done == recipe.steps:
+                held_out = self._evaluate()
+            self.watcher.step(log, recipe.steps, self.ledger, held_out)
+            if done in self.schedule:
+                self._save()
+            elif self.world.agree(time.monotonic() - self.last_save > RESCUE_SECONDS):
+                self._keep_rescue()
+            elif time.monotonic() - self.shown > SHOW_SECONDS:
+                self._show()
+
+    def _evaluate(self) -> float | None:
+        held_out = self.made.held_out
+        if held_out is None:
+            return None
+        found = self.trainer.evaluate(held_out, self.recipe.evaluate.batches)
+        row = {"step": self.trainer.done, **found}
+        if self.made.bytes_per_token:
+            row["bits_per_byte"] = found["loss"] / 0.6931471805599453 / self.made.bytes_per_token
+        self.evaluation.append(row)
+        return found["loss"]
+
+    # -- keeping
+
+    def _save(self) -> None:
+        """A scheduled checkpoint; the one kept in between goes."""
+        self._write()
+        if self.rescue is not None and self.run is not None:
+            shutil.rmtree(self.steps / checkpoints.name_of(self.rescue), ignore_errors=True)
+        self.rescue = None
+        if self.recipe.checkpoints.keep_state == "last" and self.run is not None:
+            for step in checkpoints.steps_in(self.steps):
+                if step < self.trainer.done:
+                    checkpoints.drop_state(self.steps / checkpoints.name_of(step))
+
+    def _keep_rescue(self) -> None:
+        """A checkpoint between scheduled ones."""
+        if self.trainer.done in self.schedule:
+            return
+        before = self.rescue
+        with contextlib.suppress(RunError):  # what stopped the run is the error to show
+            self._write()
+            self.rescue = self.trainer.done
+            if before is not None and before != self.rescue and self.run is not None:
+                shutil.rmtree(self.steps / checkpoints.name_of(before), ignore_errors=True)
+
+    def _write(self) -> None:
+        self._tables()  # first, so that the log never lacks a step the checkpoint has made
+        place = self.steps / checkpoints.name_of(self.trainer.done)
+        self.trainer.save(place, self._told(), self.made.tokenizer)
+        self.last_save = time.monotonic()
+        self._show(tables=False)
+
+    def _tables(self) -> None:
+        if self.run is None:
+            return
+        if self.log:
+            self.run.save_table("log", pd.DataFrame(self.log))
+        if self.evaluation:
+            self.run.save_table("evaluation", pd.DataFrame(self.evaluation))
+
+    def _show(self, tables: bool = True) -> None:
+        if self.run is None:
+            return
+        if tables:
+            self._tables()
+        self.shown = time.monotonic()
+        self.watcher.saved(self.run, self.trainer.done)
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.watcher.message(text)
+
+    def _end(self, exact: bool) -> None:
+        if self.run is None:
+            return
+        self._tables()
+        model: Any = unwrap(self.trainer.model)
+        last = self.evaluation[-1] if self.evaluation else {}
+        tail = [r["loss"] for r in self.log[-20:]]
+        self.run.save_json(
+            "summary",
+            {
+                "name": self.recipe.name,
+                "model_type": model.config.model_type,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "trained": sum(p.numel() for g in self.trainer.optimizer.param_groups for p in g["params"]),
+                "steps": self.recipe.steps,
+                "loss": sum(tail) / len(tail) if tail else None,
+                "held_out": last.get("loss"),
+                "bits_per_byte": last.get("bits_per_byte"),
+                "ledger": self.ledger.to_json(),
+                "flops_6nt": six_n_t(model, self.ledger.tokens),
+                "optimizer_bytes": optimizer_bytes(self.trainer.optimizer),
+                "optimizer": self.recipe.optimizer.name,
+                "objective": self.recipe.objective.name,
+                "deterministic": exact,
+                "cost_of_determinism": self.cost,
+                "world": {"processes": self.world.size, "data": self.world.data, "tensor": self.world.tensor},
+                "checkpoints": checkpoints.steps_in(self.steps),
+                "notes": self.notes,
+            },
+        )
+        self._show(tables=False)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends the block like Ctrl-C, so that a checkpoint is kept."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
