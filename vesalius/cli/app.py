@@ -33,7 +33,7 @@ def _root(
 
 def command_line() -> typer.Typer:
     """The command line with all its commands."""
-    from vesalius.cli import check, circuit, compare, listing, reuse
+    from vesalius.cli import check, circuit, compare, data, dynamics, listing, race, reuse, train
 
     app = typer.Typer(
         name="vesalius",
@@ -44,7 +44,7 @@ def command_line() -> typer.Typer:
         rich_markup_mode="markdown",
     )
     app.callback()(_root)
-    for module in (circuit, reuse, compare, check, listing):
+    for module in (circuit, reuse, compare, train, data, race, dynamics, check, listing):
         module.register(app)
     return app
 

@@ -53,6 +53,18 @@ marked ? may be missing. Scores are positive when the part helps the metric.
   (share of the k largest in common), `k`?, `n`? (parts in both); both orders and the diagonal, NaN where not
   comparable.
 - `top.parquet`: `name` * (of the run), `rank` * (from 1), `part` *, `score` *, `low`?, `high`?.
+
+**`vesalius train`** (drawn while it runs)
+
+- `log.parquet`: `step` *, `loss` *, `lr` *, `grad_norm`, `tokens`, `seconds`. `evaluation.parquet`: `step` *, `loss` *,
+  `bits_per_byte`?. `summary.json` at the end (see `vesalius.train.running`).
+
+**`vesalius dynamics`**
+
+- `summary.json` *: `run` *, `task` *, `method` *, `lead`, `unit`?, `notes`, `command`.
+- `numbers.parquet`: `step` *, `held_out`?, `in_context`?, `repeat_first`?, `repeat_second`?, `accuracy`?, `chance`?,
+  `metric`?. `heads.parquet`: `step` *, `part` *, `induction`, `previous-token`, `duplicate-token`.
+  `scores_by_step.parquet`: `step` *, `part` *, `score` *.
 """
 
 from __future__ import annotations
@@ -63,13 +75,19 @@ from pathlib import Path
 from vesalius.errors import UnknownName
 from vesalius.report.circuit import circuit_report
 from vesalius.report.compare import compare_report
+from vesalius.report.dynamics import dynamics_report
+from vesalius.report.race import race_report
 from vesalius.report.reuse import reuse_report
+from vesalius.report.train import train_report
 from vesalius.runs import Run
 
 _REPORTS: dict[str, Callable[[Run], Path]] = {
     "circuit": circuit_report,
     "reuse": reuse_report,
     "compare": compare_report,
+    "train": train_report,
+    "dynamics": dynamics_report,
+    "race": race_report,
 }
 
 
@@ -85,4 +103,6 @@ def report(run: Run) -> Path:
     return _REPORTS[command](run)
 
 
-__all__ = ["circuit_report", "compare_report", "report", "reuse_report"]
+__all__ = [
+    "circuit_report", "compare_report", "dynamics_report", "race_report", "report", "reuse_report", "train_report",
+]  # fmt: skip

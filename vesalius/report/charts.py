@@ -322,3 +322,75 @@ def matrix(table: pd.DataFrame, names: Sequence[str], value: str, title: str, si
     ]
     chart = alt.layer(rect, *words).properties(width="container", height=max(110, 46 * len(names)))
     return Chart(_spec(chart), title, title, wide=False)
+
+
+LINES = [POSITIVE, NEGATIVE, "#3f8f6b", "#8a5ba8", "#b8860b", "#5b6b7a", "#c04a7a", "#2a8fa8", "#7a7a2a", "#a85b3f"]
+
+
+def lines(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    titles: tuple[str, str],
+    label: str,
+    series: str | None = None,
+    grey: Sequence[str] = (),
+    log_x: bool = False,
+    from_zero: bool = False,
+    points: bool = True,
+    height: int = 260,
+    wide: bool = True,
+) -> Chart:
+    """Curves over a common axis, one colour a series; series in `grey` stay in the background."""
+    data = table.dropna(subset=[y]).copy()
+    if log_x:  # step 0 stands one place before step 1
+        data["shown"] = data[x].astype(float).clip(lower=0.5)
+        scale: dict[str, Any] = {"type": "log", "nice": False, "domain": _span(data["shown"])}
+        axis: dict[str, Any] = {
+            "values": [0.5, *[10**k * d for k in range(7) for d in (1, 3)]],
+            "format": "~s",
+            "grid": False,
+        }
+        axis["labelExpr"] = "datum.value == 0.5 ? '0' : datum.label"
+    else:
+        data["shown"] = data[x].astype(float)
+        scale, axis = {"nice": False, "zero": False, "domain": _span(data["shown"])}, {"grid": False, "format": "~s"}
+    hover: list[Any] = [alt.Tooltip(x), alt.Tooltip(y, format=".4~g")]
+    base = alt.Chart(data).encode(
+        x=alt.X("shown:Q", title=titles[0], scale=alt.Scale(**scale)).axis(**axis),
+        y=alt.Y(f"{y}:Q", title=titles[1], scale=alt.Scale(zero=from_zero)).axis(grid=True, tickCount=6),
+    )
+    if series is None:
+        layers = [base.mark_line(strokeWidth=2, stroke=POSITIVE).encode(tooltip=hover)]
+        if points:
+            layers.append(base.mark_circle(size=26, color=POSITIVE, opacity=1).encode(tooltip=hover))
+    else:
+        names = list(dict.fromkeys(data[series].astype(str)))
+        bold = [n for n in names if n not in set(grey)]
+        colors = {n: LINES[i % len(LINES)] for i, n in enumerate(bold)}
+        hover.insert(0, alt.Tooltip(series))
+        color = alt.Color(
+            f"{series}:N", title=None, scale=alt.Scale(domain=bold, range=[colors[n] for n in bold])
+        ).legend(orient="top", symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1, labelLimit=260, columns=6)
+        front = base.transform_filter(alt.FieldOneOfPredicate(field=series, oneOf=bold)).encode(
+            color=color, tooltip=hover
+        )
+        layers = []
+        if len(bold) < len(names):
+            behind = base.transform_filter(
+                alt.FieldOneOfPredicate(field=series, oneOf=[n for n in names if n in set(grey)])
+            )
+            layers.append(
+                behind.mark_line(strokeWidth=1, stroke=CONTROL, opacity=0.35).encode(
+                    detail=f"{series}:N", tooltip=hover
+                )
+            )
+        layers.append(front.mark_line(strokeWidth=2.2))
+        if points:
+            layers.append(front.mark_circle(size=26, opacity=1))
+    return Chart(_spec(alt.layer(*layers).properties(width="container", height=height)), label, label, wide=wide)
+
+
+def _span(values: Any) -> list[float]:
+    low, high = float(values.min()), float(values.max())
+    return [low, high if high > low else low + 1]

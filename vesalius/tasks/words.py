@@ -112,6 +112,19 @@ class Words:
             )
         return good
 
+    def vocabulary(self, least: int = 1) -> list[str]:
+        """Words of small letters, three or more, that the tokenizer's own vocabulary holds as one token after a space.
+
+        For models whose vocabulary is too small, or too special, for the lists.
+
+        Raises:
+            TaskError: fewer than `least` of them.
+        """
+        tokens = self.encoder.tokenizer.get_vocab()
+        texts = sorted({t.lstrip("Ġ▁") for t in tokens if t[:1] in ("Ġ", "▁")})
+        plain = [t for t in texts if len(t) >= 3 and t.isalpha() and t.islower() and t.isascii()]
+        return self.single(plain, least, "the tokenizer's own words")
+
     def length(self, word: str) -> int:
         """Number of tokens of a word after a space; 0 where the space and the word cannot be told from their left."""
         return len(self.encoder.beyond("the", f" {word}") or ())

@@ -1,0 +1,173 @@
+"""How a finding came to be: the same measurements on one checkpoint of a training run after another.
+
+For every checkpoint:
+
+- the task: accuracy and the metric's mean, and a score for every head and MLP, by the same `find` that `circuit` uses;
+- in-context learning: loss late in a row of held-out text minus loss early in it (nats; below 0 when context helps).
+  Olsson et al. compare token 500 with token 50; here late is the last tenth of the row and early the tokens around its
+  first tenth (5 to 15 %), since rows of small models are shorter;
+- every head's attention on random tokens that are repeated once: `previous-token`, from each token to the one before;
+  `induction` (prefix matching), from each repeated token to the one that followed it the first time;
+  `duplicate-token`, to the same token's first occurrence. Averages of attention, 0 to 1. Random tokens say nothing
+  themselves, so a high score is the head's own mechanism;
+- loss on those repeats, first time and second time.
+
+Olsson et al., "In-context Learning and Induction Heads", arXiv 2209.11895.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from vesalius.corpus.batches import Source
+from vesalius.errors import VesaliusError
+from vesalius.find import find
+from vesalius.find.base import PairsSource
+from vesalius.model import Model, Site
+from vesalius.scores import Scores
+from vesalius.tasks.performance import performance
+
+LOOKS = ("previous-token", "induction", "duplicate-token")
+REPEATED_ROWS = 16
+REPEATED_LENGTH = 48  # tokens before the repeat, or as many as the model's positions allow
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What was measured on one checkpoint.
+
+    Attributes:
+        step: the checkpoint.
+        numbers: accuracy, metric, held_out (nats a token), in_context, repeat_first, repeat_second (nats).
+        heads: part, layer, index, and a column for each of `LOOKS`.
+        scores: of all parts in the task, or None without a task.
+    """
+
+    step: int
+    numbers: dict[str, float]
+    heads: pd.DataFrame
+    scores: Scores | None
+
+
+def moment(
+    model: Model,
+    step: int,
+    *,
+    task: PairsSource | None = None,
+    method: str = "activation-patching",
+    held_out: Source | None = None,
+    batches: int = 4,
+    seed: int = 0,
+    memory_gb: float = 1.0,
+) -> Moment:
+    """Measures one checkpoint.
+
+    Args:
+        model: the checkpoint, opened on the bench; a causal language model.
+        step: its step. task: what the parts are scored on, by `method`; None for none.
+        held_out: rows the model was not trained on; the first `batches` batches are read.
+        seed: of the repeated random tokens.
+
+    Raises:
+        VesaliusError: if the model is not causal.
+    """
+    if model.kind != "causal":
+        raise VesaliusError(f"{model.name} is {model.kind}; dynamics follow causal language models")
+    numbers: dict[str, float] = {}
+    ids = repeated(model, seed)
+    heads, first, second = on_repeats(model, ids)
+    numbers |= {"repeat_first": first, "repeat_second": second}
+    if held_out is not None:
+        by_position = loss_by_position(model, held_out, batches)
+        numbers |= {"held_out": float(by_position.mean()), "in_context": in_context(by_position)}
+    scores = None
+    if task is not None:
+        pairs = task.pairs(model)
+        found = performance(model, pairs)
+        numbers |= {"accuracy": found.accuracy, "chance": found.chance, "metric": float(found.clean.mean())}
+        scores = find(method, model, pairs, seed=seed, memory_gb=memory_gb)
+    return Moment(step, numbers, heads, scores)
+
+
+def repeated(model: Model, seed: int, rows: int = REPEATED_ROWS, length: int = REPEATED_LENGTH) -> Tensor:
+    """Rows of random different tokens, each row once and then once more: (row, 2 * length).
+
+    Special tokens are left out; where the vocabulary is smaller than the row, tokens come more than once in a half.
+    """
+    config = model.hf.config
+    size = int(config.vocab_size)
+    if model.tokenizer is not None:
+        size = min(size, len(model.tokenizer))
+    special = set(model.tokenizer.all_special_ids) if model.tokenizer is not None else set()
+    usable = np.array([i for i in range(size) if i not in special])
+    longest = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2 * length)
+    length = max(2, min(length, longest // 2))
+    rng = np.random.default_rng([seed, size, length])
+    drawn = [rng.choice(usable, length, replace=len(usable) < length) for _ in range(rows)]
+    half = torch.from_numpy(np.stack(drawn))
+    return torch.cat([half, half], dim=1)
+
+
+def on_repeats(model: Model, ids: Tensor) -> tuple[pd.DataFrame, float, float]:
+    """Each head's attention on repeated tokens (row, 2 * length), and the mean loss the first and the second time."""
+    half = ids.shape[1] // 2
+    layers = range(model.n_layers)
+    prefix = model.anatomy.main.prefix
+    run = model.run(ids, capture=[Site("pattern", n, prefix) for n in layers])
+    query = torch.arange(half, 2 * half - 1)  # the last token's successor was not seen
+    rows = []
+    for layer in layers:
+        pattern = run[Site("pattern", layer, prefix)].float()  # (row, head, query, key)
+        every = torch.arange(1, 2 * half)
+        looks = {
+            "previous-token": pattern[:, :, every, every - 1],
+            "induction": pattern[:, :, query, query - half + 1],
+            "duplicate-token": pattern[:, :, query, query - half],
+        }
+        means = {name: x.mean((0, 2)).tolist() for name, x in looks.items()}
+        for head in range(pattern.shape[1]):
+            row: dict[str, Any] = {"part": f"L{layer}.H{head}", "layer": layer, "index": head}
+            rows.append(row | {name: values[head] for name, values in means.items()})
+    assert run.logits is not None
+    loss = torch.nn.functional.cross_entropy(
+        run.logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten().to(run.logits.device), reduction="none"
+    ).view(len(ids), -1)  # (row, pos)
+    return pd.DataFrame(rows), float(loss[:, : half - 1].mean()), float(loss[:, half:].mean())
+
+
+@torch.no_grad()
+def loss_by_position(model: Model, source: Source, batches: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Mean loss in nats at each position of held-out rows, (pos,)."""
+    total, count = np.zeros(source.length), np.zeros(source.length)
+    for step in range(batches):
+        batch = source.batch(step)
+        ids = torch.from_numpy(batch.ids)
+        valid = batch.segments[:, 1:] >= 0 if batch.mask is None else batch.mask[:, 1:]
+        logits = model.logits(ids[:, :-1])
+        loss = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="none"
+        ).view(len(ids), -1)
+        total += (loss.cpu().double().numpy() * valid).sum(0)
+        count += valid.sum(0)
+    return np.divide(total, count, out=np.full(source.length, np.nan), where=count > 0)
+
+
+def in_context(by_position: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    """The in-context-learning score: mean loss of the last tenth of the positions minus that around the first tenth.
+
+    Example:
+        >>> round(in_context([2.0] * 50 + [1.5] * 50), 3)
+        -0.5
+    """
+    losses = np.asarray(by_position, dtype=float)
+    n = len(losses)
+    early = losses[n // 20 : max(n // 20 + 1, 3 * n // 20)]
+    late = losses[min(n - 1, 9 * n // 10) :]
+    return float(np.nanmean(late) - np.nanmean(early))

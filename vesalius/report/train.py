@@ -1,0 +1,142 @@
+"""The report of `vesalius train`: the curves as far as the run has come, and what it cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vesalius import checkpoints
+from vesalius.report import charts, tables
+from vesalius.report.page import Page, Section, Table, record, warnings, write
+from vesalius.report.words import number
+from vesalius.runs import Run
+
+SHOWN = 400  # points of a curve; more are averaged in groups
+
+
+def train_report(run: Run) -> Path:
+    """Draws a training run, finished or not, as one offline HTML file in its folder."""
+    recipe = run.request.get("recipe", {})
+    log = tables.frame(run, "log", ["step", "loss", "lr"])
+    evaluation = tables.frame(run, "evaluation", ["step", "loss"])
+    found: dict[str, Any] = run.json("summary") if run.has("summary.json") else {}
+    ledger = found.get("ledger") or {}
+    steps = int(recipe.get("steps", 0))
+    done = 0 if log is None else int(log["step"].max()) + 1
+    page = Page(
+        kind="train",
+        title=str(recipe.get("name", run.name)),
+        subtitle=_subtitle(recipe),
+        lead=_lead(log, evaluation, done, steps),
+        facts=_facts(found, ledger, log, evaluation),
+        warnings=warnings(run),
+        sections=[
+            _loss(log, evaluation),
+            _rate(log),
+            _kept(run),
+        ],
+        record=record(run, found),
+        notes=[str(n) for n in found.get("notes") or []],
+    )
+    return write(run, page)
+
+
+def _subtitle(recipe: dict[str, Any]) -> str:
+    model, data = recipe.get("model", {}), recipe.get("data", {})
+    name = model.get("preset") or model.get("source") or "a model of parts"
+    corpus = data.get("synthetic") or data.get("corpus")
+    text = corpus if isinstance(corpus, str) else ", ".join(corpus or [])
+    optimizer = recipe.get("optimizer", {})
+    return f"{name} · {text} · {recipe.get('objective', {}).get('name')} · {optimizer.get('name')}"
+
+
+def _lead(log: pd.DataFrame | None, evaluation: pd.DataFrame | None, done: int, steps: int) -> str:
+    if log is None:
+        return "No step was made yet."
+    loss = float(log["loss"].tail(20).mean())
+    text = f"After {done:,} of {steps:,} steps the training loss is {number(loss)} nats a token"
+    if evaluation is not None:
+        last = evaluation.iloc[-1]
+        text += f", and {number(float(last['loss']))} on held-out text (step {int(last['step']):,})"
+        if "bits_per_byte" in evaluation and pd.notna(last["bits_per_byte"]):
+            text += f", {number(float(last['bits_per_byte']))} bits a byte"
+    return text + "."
+
+
+def _facts(
+    found: dict[str, Any], ledger: dict[str, Any], log: pd.DataFrame | None, evaluation: pd.DataFrame | None
+) -> list[tuple[str, str, str]]:
+    facts: list[tuple[str, str, str]] = []
+    if found.get("parameters"):
+        facts.append(("parameters", f"{found['parameters'] / 1e6:.2f} M", f"{found['trained'] / 1e6:.2f} M trained"))
+    if log is not None:
+        tokens = int(log["tokens"].sum())
+        facts.append(("tokens", f"{tokens / 1e6:.2f} M", f"{int(log['tokens'].iloc[-1]):,} a step"))
+        speed = float((log["tokens"] / log["seconds"]).iloc[-200:].median())
+        facts.append(("tokens a second", f"{speed:,.0f}", f"{log['seconds'].sum() / 60:.1f} minutes of steps"))
+    if ledger.get("flops"):
+        ratio = found["flops_6nt"] / ledger["flops"] if found.get("flops_6nt") else None
+        small = f"6 N T is {ratio:.2f} of it" if ratio else ""
+        facts.append(("floating-point operations", f"{ledger['flops']:.2e}", small))
+    if ledger.get("peak_memory_bytes"):
+        small = f"optimizer {found.get('optimizer_bytes', 0) / 2**20:.0f} MiB"
+        facts.append(("peak memory", f"{ledger['peak_memory_bytes'] / 2**20:.0f} MiB", small))
+    return facts
+
+
+def thinned(log: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A long curve as the means of equal groups of steps, at the last step of each."""
+    group = np.arange(len(log)) // max(1, -(-len(log) // SHOWN))
+    return log.groupby(group).agg({"step": "last", column: "mean"})
+
+
+def _loss(log: pd.DataFrame | None, evaluation: pd.DataFrame | None) -> Section:
+    if log is None:
+        return Section("Loss", missing="no step was made yet.")
+    pieces = [thinned(log, "loss").assign(what="training")]
+    if evaluation is not None:
+        pieces.append(evaluation[["step", "loss"]].assign(what="held out"))
+    table = pd.concat(pieces, ignore_index=True)
+    both = [
+        charts.lines(table, "step", "loss", ("step", "loss (nats a target)"), "Loss by step", "what", points=False),
+        charts.lines(
+            table,
+            "step",
+            "loss",
+            ("step (log scale)", "loss (nats a target)"),
+            "Loss, steps on a log scale",
+            "what",
+            log_x=True,
+            points=False,
+        ),
+    ]
+    grouped = -(-len(log) // SHOWN)
+    read = "the mean over targets, in nats." + (
+        f" Training loss is averaged over {grouped} steps." if grouped > 1 else ""
+    )
+    return Section("Loss", both, read, layout="pair")
+
+
+def _rate(log: pd.DataFrame | None) -> Section:
+    if log is None:
+        return Section("Learning rate and gradient", missing="no step was made yet.")
+    plots = [
+        charts.lines(thinned(log, c), "step", c, ("step", title), label, points=False, from_zero=True, height=200)
+        for c, title, label in (
+            ("lr", "learning rate", "Learning rate"),
+            ("grad_norm", "gradient norm before clipping", "Gradient norm"),
+        )
+    ]
+    return Section("Learning rate and gradient", plots, layout="pair")
+
+
+def _kept(run: Run) -> Section:
+    steps = checkpoints.steps_in(run.folder / checkpoints.FOLDER)
+    if not steps:
+        return Section("Checkpoints", missing="none was saved yet.")
+    rows = [[s, f"{run.name}@step{s}"] for s in steps]
+    read = "any of them opens on the bench: `vesalius circuit --model RUN@step512`, or as an ordinary model folder."
+    return Section("Checkpoints", [Table.of(["step", "opens as"], rows, shown=12)], read)
