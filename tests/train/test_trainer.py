@@ -263,3 +263,29 @@ def test_every_optimizer_goes_on_to_the_bit(text: Path, tmp_path: Path, name: st
     assert steps_of(whole) == steps_of(stopped)
     log = Run.open(stopped).table("log")
     assert list(log["step"]) == list(range(STEPS))
+
+
+def test_an_interrupted_run_keeps_where_it_was_until_the_next_checkpoint(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(small(text), tmp_path / "whole")
+    step = Trainer.step
+
+    def stopped(self: Trainer) -> Any:
+        if self.done == 7:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(small(text), tmp_path)
+    (folder,) = tmp_path.glob("train-*")
+    assert list(steps_of(folder)) == [0, 1, 2, 4, 5, 7]
+    assert Run.open(folder).state == "interrupted"
+    made = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", lambda self: made.append(self.done) or step(self))
+        assert train(small(text), tmp_path) == folder
+    assert made == [7, 8, 9, 10, 11]
+    assert steps_of(folder) == steps_of(whole)

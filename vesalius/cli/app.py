@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a loaded machine many times slower
 
 import sys
+import time
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
@@ -33,18 +34,21 @@ def _root(
 
 def command_line() -> typer.Typer:
     """The command line with all its commands."""
-    from vesalius.cli import check, circuit, compare, data, dynamics, listing, race, reuse, train
+    from vesalius.cli import catalogues, check, circuit, compare, data, dynamics, listing, memorize, race, reuse, train
 
     app = typer.Typer(
         name="vesalius",
-        help="The anatomist's bench for transformer language models: find which parts do a job, prove it, compare it.",
+        help="The anatomist's bench for transformer language models: find which parts do a job, prove it, compare it; "
+        "train models worth studying, and open any checkpoint.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
         rich_markup_mode="markdown",
     )
     app.callback()(_root)
-    for module in (circuit, reuse, compare, train, data, race, dynamics, check, listing):
+    finding = (circuit, reuse, compare)
+    training = (train, data, race, dynamics, memorize)
+    for module in (*finding, *training, check, listing, catalogues):
         module.register(app)
     return app
 
@@ -115,6 +119,8 @@ def _usage(error: Any, given: Sequence[str]) -> str:
 
 
 def _leave(message: str) -> NoReturn:
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process tells what all of them met
+        time.sleep(15)  # and torchrun ends this one before; if not, this one met something of its own
     if message:
         sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.exit(2)

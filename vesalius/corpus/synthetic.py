@@ -310,12 +310,16 @@ class Markov2(Synthetic):
 class Repeat(Synthetic):
     """A random sequence of half the row, then the same again: induction heads foretell the second half but its first
     token. `period` makes it shorter and repeats it more often. Scored: all from the second token of the second time.
+
+    With `vary` each row draws a period of its own, from half of it up to all of it. A fixed period can be learnt by
+    position alone: a head that looks a fixed distance back solves it and is no induction head.
     """
 
     name = "repeat"
-    defaults = {"vocab": 256, "period": 0, "length": 63}
+    defaults = {"vocab": 256, "period": 0, "vary": True, "length": 63}
     vocab: int
     period: int
+    vary: bool
 
     def prepare(self) -> None:
         self.span = self.period or (self.length + 1) // 2
@@ -325,7 +329,8 @@ class Repeat(Synthetic):
 
     def write(self, rng: np.random.Generator) -> tuple[Ids, NDArray[np.bool_]]:
         once = rng.integers(0, self.vocab, (self.rows, self.span))
-        ids = once[:, np.arange(self.length + 1) % self.span]
-        mask = np.zeros(ids.shape, dtype=bool)
-        mask[:, self.span + 1 :] = True
-        return ids, mask
+        least = max(2, self.span // 2) if self.vary else self.span
+        spans = rng.integers(least, self.span + 1, (self.rows, 1))
+        places = np.arange(self.length + 1)[None]  # (1, length + 1)
+        ids = np.take_along_axis(once, places % spans, axis=1)
+        return ids, places > spans

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vesalius.corpus.batches import Source
@@ -34,6 +35,7 @@ from vesalius.model import Model, Site
 from vesalius.scores import Scores
 from vesalius.tasks.performance import performance
 
+Floats = NDArray[np.float64]
 LOOKS = ("previous-token", "induction", "duplicate-token")
 REPEATED_ROWS = 16
 REPEATED_LENGTH = 48  # tokens before the repeat, or as many as the model's positions allow
@@ -85,13 +87,13 @@ def moment(
     heads, first, second = on_repeats(model, ids)
     numbers |= {"repeat_first": first, "repeat_second": second}
     if held_out is not None:
-        by_position = loss_by_position(model, held_out, batches)
-        numbers |= {"held_out": float(by_position.mean()), "in_context": in_context(by_position)}
+        found = position_loss(model, held_out, batches)
+        numbers |= {"held_out": found.targets, "in_context": in_context(found.by_position)}
     scores = None
     if task is not None:
         pairs = task.pairs(model)
-        found = performance(model, pairs)
-        numbers |= {"accuracy": found.accuracy, "chance": found.chance, "metric": float(found.clean.mean())}
+        answers = performance(model, pairs)
+        numbers |= {"accuracy": answers.accuracy, "chance": answers.chance, "metric": float(answers.clean.mean())}
         scores = find(method, model, pairs, seed=seed, memory_gb=memory_gb)
     return Moment(step, numbers, heads, scores)
 
@@ -142,24 +144,41 @@ def on_repeats(model: Model, ids: Tensor) -> tuple[pd.DataFrame, float, float]:
     return pd.DataFrame(rows), float(loss[:, : half - 1].mean()), float(loss[:, half:].mean())
 
 
+class PositionLoss(NamedTuple):
+    """Loss on rows of a source, in nats.
+
+    Attributes:
+        by_position: mean at each position over all tokens, (pos,).
+        targets: mean over what the source calls targets (a synthetic task scores only some tokens).
+    """
+
+    by_position: Floats
+    targets: float
+
+
 @torch.no_grad()
-def loss_by_position(model: Model, source: Source, batches: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Mean loss in nats at each position of held-out rows, (pos,)."""
+def position_loss(model: Model, source: Source, batches: int) -> PositionLoss:
+    """The loss of a model on the first batches of a source."""
     total, count = np.zeros(source.length), np.zeros(source.length)
+    aimed, aims = 0.0, 0
     for step in range(batches):
         batch = source.batch(step)
         ids = torch.from_numpy(batch.ids)
-        valid = batch.segments[:, 1:] >= 0 if batch.mask is None else batch.mask[:, 1:]
+        real = batch.segments[:, 1:] >= 0
         logits = model.logits(ids[:, :-1])
         loss = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="none"
         ).view(len(ids), -1)
-        total += (loss.cpu().double().numpy() * valid).sum(0)
-        count += valid.sum(0)
-    return np.divide(total, count, out=np.full(source.length, np.nan), where=count > 0)
+        found = loss.cpu().double().numpy()  # (row, pos)
+        total += (found * real).sum(0)
+        count += real.sum(0)
+        target = real if batch.mask is None else real & batch.mask[:, 1:]
+        aimed, aims = aimed + float(found[target].sum()), aims + int(target.sum())
+    by_position = np.divide(total, count, out=np.full(source.length, np.nan), where=count > 0)
+    return PositionLoss(by_position, aimed / max(aims, 1))
 
 
-def in_context(by_position: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> float:
+def in_context(by_position: Sequence[float] | Floats) -> float:
     """The in-context-learning score: mean loss of the last tenth of the positions minus that around the first tenth.
 
     Example:

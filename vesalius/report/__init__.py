@@ -76,6 +76,7 @@ from vesalius.errors import UnknownName
 from vesalius.report.circuit import circuit_report
 from vesalius.report.compare import compare_report
 from vesalius.report.dynamics import dynamics_report
+from vesalius.report.memorization import memorization_report
 from vesalius.report.race import race_report
 from vesalius.report.reuse import reuse_report
 from vesalius.report.train import train_report
@@ -88,6 +89,7 @@ _REPORTS: dict[str, Callable[[Run], Path]] = {
     "train": train_report,
     "dynamics": dynamics_report,
     "race": race_report,
+    "memorize": memorization_report,
 }
 
 
@@ -104,5 +106,6 @@ def report(run: Run) -> Path:
 
 
 __all__ = [
-    "circuit_report", "compare_report", "dynamics_report", "race_report", "report", "reuse_report", "train_report",
+    "circuit_report", "compare_report", "dynamics_report", "memorization_report", "race_report", "report",
+    "reuse_report", "train_report",
 ]  # fmt: skip

@@ -340,6 +340,7 @@ def lines(
     points: bool = True,
     height: int = 260,
     wide: bool = True,
+    captioned: bool = True,
 ) -> Chart:
     """Curves over a common axis, one colour a series; series in `grey` stay in the background."""
     data = table.dropna(subset=[y]).copy()
@@ -388,7 +389,8 @@ def lines(
         layers.append(front.mark_line(strokeWidth=2.2))
         if points:
             layers.append(front.mark_circle(size=26, opacity=1))
-    return Chart(_spec(alt.layer(*layers).properties(width="container", height=height)), label, label, wide=wide)
+    chart = alt.layer(*layers).properties(width="container", height=height)
+    return Chart(_spec(chart), label, label if captioned else "", wide=wide)
 
 
 def _span(values: Any) -> list[float]:

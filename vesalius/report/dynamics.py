@@ -59,7 +59,7 @@ def _losses(numbers: pd.DataFrame | None) -> Section:
     losses = _melted(
         numbers,
         {
-            "held_out": "held-out text",
+            "held_out": "held out",
             "repeat_first": "random tokens, first time",
             "repeat_second": "random tokens, second time",
         },
@@ -100,7 +100,8 @@ def _curves(table: pd.DataFrame, value: str, title: str, unit: str) -> Chart:
     table = table.assign(rank=[order.get(p, len(order)) for p in table["part"]])
     table = table.sort_values(["rank", "part", "step"], kind="stable")[["step", "part", value]]
     grey = sorted(set(table["part"]) - set(bold))
-    return charts.lines(table, "step", value, ("step (log scale)", unit), title, "part", grey, log_x=True)
+    titles = ("step (log scale)", unit)
+    return charts.lines(table, "step", value, titles, title, "part", grey, log_x=True, captioned=False)
 
 
 def _look(heads: pd.DataFrame | None, look: str, title: str) -> Section:

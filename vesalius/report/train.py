@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from vesalius import checkpoints
 from vesalius.report import charts, tables
@@ -38,10 +40,17 @@ def train_report(run: Run) -> Path:
             _rate(log),
             _kept(run),
         ],
-        record=record(run, found),
+        record=_record(run, found),
         notes=[str(n) for n in found.get("notes") or []],
     )
     return write(run, page)
+
+
+def _record(run: Run, found: dict[str, Any]) -> list[tuple[str, str]]:
+    """As everywhere, with the recipe as it was written: what is as it is by default left out."""
+    short = run.bytes("recipe.yaml").decode() if run.has("recipe.yaml") else ""
+    flat = json.dumps(yaml.safe_load(short), ensure_ascii=False) if short else ""
+    return [(k, flat if k == "recipe" and flat else v) for k, v in record(run, found)]
 
 
 def _subtitle(recipe: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ def induction(
     rng: random.Random,
     length: int = 12,
     corruption: Literal["first", "second"] = "first",
-    words_from: Literal["nouns", "vocabulary"] = "nouns",
+    words_from: Literal["auto", "nouns", "vocabulary"] = "auto",
 ) -> Iterator[Example]:
     """Rows of different words of which only the last repeats one.
 
@@ -31,7 +31,8 @@ def induction(
         length: words in the row, the repeated one included; at least 5.
         corruption: "first" replaces A's first mention by a fresh word, so that nothing repeats; "second" replaces B by
             a fresh word, which then is the answer and the wrong one.
-        words_from: "nouns", a list; "vocabulary", the words of the tokenizer's own vocabulary, for small models.
+        words_from: "nouns", a list; "vocabulary", the words of the tokenizer's own vocabulary, for small models;
+            "auto", the list if enough of it are single tokens.
 
     Yields:
         Examples with positions "prev" (A's first mention, the token before B) and "first" (B). The wrong answer is, for
@@ -40,6 +41,11 @@ def induction(
     if length < 5:
         raise TaskError(f"task 'induction': length must be at least 5 words, not {length}")
     least = length + 2
+    if words_from == "auto":
+        known = len(words("nouns", least=0)) >= least
+        words_from = "nouns" if known else "vocabulary"
+        if not known:
+            words.note("words are the tokenizer's own: too few nouns are single tokens in it")
     nouns = words("nouns", least=least) if words_from == "nouns" else words.vocabulary(least)
     template = " ".join(f"{{w{i}}}" for i in range(length))
     while True:

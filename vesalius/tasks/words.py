@@ -101,7 +101,7 @@ class Words:
     def single(self, candidates: Sequence[str], least: int = 1, what: str = "the candidates") -> list[str]:
         """Those candidates that are one token after a space, in order; `what` names them in the error."""
         self.encoder.prime([f"the {word}" for word in candidates])
-        good = [word for word in candidates if self.length(word) == 1]
+        good = [word for word in candidates if self.length(word) == 1 and self._known(word)]
         if len(good) < least:
             bad = next((w for w in candidates if w not in good), "")
             pieces = self.encoder.show(self.encoder.ids(f"the {bad}")[len(self.encoder.ids("the")) :]) if bad else "[]"
@@ -111,6 +111,11 @@ class Words:
                 "prompts as a .jsonl file"
             )
         return good
+
+    def _known(self, word: str) -> bool:
+        """Whether the word's token is the word's own, and not the one for anything unknown."""
+        shown = self.encoder.tokenizer.decode(list(self.encoder.beyond("the", f" {word}") or ()))
+        return str(shown).strip().casefold() == word.casefold()
 
     def vocabulary(self, least: int = 1) -> list[str]:
         """Words of small letters, three or more, that the tokenizer's own vocabulary holds as one token after a space.

@@ -187,7 +187,8 @@ def _from_step(source: Step, spec: str) -> Located:
     checkpoint.weight_files(folder, spec)
     sha256, fingerprint = checkpoint.fingerprints(folder, listed)
     licence = "follows the corpus it was trained on"
-    return Located(folder, f"{run.name}@step{step}", spec, sha256, fingerprint, f"run {run.name}, step {step}", licence)
+    name = f"{run.request.get('model') or run.name}@step{step}"
+    return Located(folder, name, spec, sha256, fingerprint, f"run {run.name}, step {step}", licence)
 
 
 def _through_cache(

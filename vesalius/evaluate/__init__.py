@@ -1,0 +1,65 @@
+"""Measurements of a model's behaviour: what it has memorized, and whether that could be foretold."""
+
+from vesalius.evaluate.forecast import (
+    Forecast,
+    TrajectoryForecast,
+    auroc,
+    cheapest,
+    forecast,
+    forecast_table,
+    precision_recall,
+    trajectory_forecast,
+)
+from vesalius.evaluate.memorization import (
+    Place,
+    at_checkpoint,
+    by_dose,
+    by_exposures,
+    by_step,
+    dose_response,
+    forecasts,
+    histogram,
+    over_training,
+    place_of,
+    place_test,
+    share,
+    trajectories,
+    wilson,
+)
+from vesalius.evaluate.normalised import TextScore, text_score
+from vesalius.evaluate.recite import CLOSE, Recital, recite
+from vesalius.evaluate.sequences import Sequences, documents_of, rows_of, texts_of
+
+__all__ = [
+    "CLOSE",
+    "Forecast",
+    "Place",
+    "Recital",
+    "Sequences",
+    "TextScore",
+    "TrajectoryForecast",
+    "at_checkpoint",
+    "auroc",
+    "by_dose",
+    "by_exposures",
+    "by_step",
+    "cheapest",
+    "documents_of",
+    "dose_response",
+    "forecast",
+    "forecast_table",
+    "forecasts",
+    "histogram",
+    "over_training",
+    "place_of",
+    "place_test",
+    "precision_recall",
+    "recite",
+    "rows_of",
+    "share",
+    "text_score",
+    "texts_of",
+    "trajectories",
+    "trajectory_forecast",
+    "wilson",
+]
