@@ -58,7 +58,7 @@ def test_defaults_written_out_are_the_same_request() -> None:
     assert task("ioi").fingerprint == task("ioi", order="both", corruption="swap").fingerprint
     assert task("ioi").fingerprint != task("ioi", corruption="abc").fingerprint
     assert task("ioi").fingerprint != task("ioi", metric="log-prob").fingerprint
-    assert task("induction", length="9").params == {"length": 9, "corruption": "first"}  # text from a command line
+    assert task("induction", length="9").params["length"] == 9  # text from a command line
 
 
 @pytest.mark.parametrize(
