@@ -51,8 +51,10 @@ docs: $(DEV) ## build the documentation into site/; warnings are errors
 docs-serve: $(DEV) ## read the documentation in a browser while writing it
 	$(VENV)/bin/mkdocs serve
 
-bench: $(DEV) ## time Vesalius against a plain hook loop (BENCH="--quick", BENCH="--device cuda")
+bench: $(DEV) ## time the bench against a plain hook loop, the trainer against a plain loop and Hugging Face's
 	$(PY) -m bench.run $(BENCH)
+	$(PY) -m bench.training
+	$(PY) -m bench.optimizers
 
 bench-peers: $(DEV) $(PEERS)/transformer-lens/.done $(PEERS)/nnsight/.done ## time other libraries on the same work, each in its own environment
 	$(PY) -m bench.peers --environments $(PEERS) $(BENCH)
