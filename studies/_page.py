@@ -47,10 +47,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(name: str, title: str, study: str, *body: str) -> None:
-    """Writes docs/results/NAME.md; `study` is the command that makes the page."""
+def write(name: str, title: str, study: str, *body: str, seeds: str = "seed 0") -> None:
+    """Writes docs/results/NAME.md; `study` is the command that makes the page, `seeds` says which it took."""
     versions = ", ".join(f"{p} {version(p)}" for p in ("vesalius", "torch", "transformers"))
-    head = f"# {title}\n\nMeasured by `{study}`, seed 0, float32 on a CPU ({versions}).\n"
+    head = f"# {title}\n\nMeasured by `{study}`, {seeds}, float32 on a CPU ({versions}).\n"
     text = "\n".join([head, *(part.strip() + "\n" for part in body)])
     (RESULTS / f"{name}.md").write_text(text)
     print(f"wrote docs/results/{name}.md", file=sys.stderr)

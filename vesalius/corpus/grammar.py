@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Ids = NDArray[np.int64]
-STOP, END, PAD = ".", "<eos>", "<pad>"
+END, PAD = "<eos>", "<pad>"
 
 
 class LookupGrammar:
@@ -38,7 +38,7 @@ class LookupGrammar:
         >>> sorted(set(grammar.table[3])) == sorted(set(grammar.table[:, 3])) == list(range(16))
         True
         >>> len(next(grammar.documents(1, sentences=2)).text.split())
-        8
+        6
     """
 
     def __init__(self, size: int = 16, seed: int = 0) -> None:
@@ -55,10 +55,10 @@ class LookupGrammar:
         return rng.integers(0, self.size, (n, 2))
 
     def sentence(self, a: int, b: int) -> str:
-        """Its text: "a3 m7 b12 ."."""
-        return f"a{a} m{int(self.table[a, b])} b{b} {STOP}"
+        """Its text: "a3 m7 b12"."""
+        return f"a{a} m{int(self.table[a, b])} b{b}"
 
-    def documents(self, n: int, sentences: int = 12, stream: str = "train") -> Iterator[Document]:
+    def documents(self, n: int, sentences: int = 16, stream: str = "train") -> Iterator[Document]:
         """Documents of so many sentences.
 
         Args:
@@ -70,13 +70,13 @@ class LookupGrammar:
             yield Document(f"lookup-{stream}-{number}", text, "lookup", number + 1)
 
     def tokenizer(self, special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-        """One token a word: the a's, the m's, the b's (in this order), the stop; then end, padding and `special`."""
+        """One token a word: the a's, the m's, the b's (in this order); then end, padding and `special`."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        words = [f"{kind}{i}" for kind in "amb" for i in range(self.size)] + [STOP]
+        words = [f"{kind}{i}" for kind in "amb" for i in range(self.size)]
         vocabulary = {f"▁{word}": i for i, word in enumerate(words)}
-        made = Tokenizer(models.WordLevel(vocabulary, unk_token=f"▁{STOP}"))
+        made = Tokenizer(models.WordLevel(vocabulary, unk_token="▁a0"))
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         made.decoder = decoders.Metaspace(prepend_scheme="always")
         made.add_special_tokens([END, PAD, *special])
@@ -88,13 +88,12 @@ class LookupGrammar:
         """Sentences as tokens of `tokenizer`, and where one m of each row stands, never in the first or last sentence.
 
         Returns:
-            ids (n, 4 sentences), place (n,).
+            ids (n, 3 sentences), place (n,).
         """
         if sentences < 3:
             raise CorpusError(f"rows of {sentences} sentences have no inner one; give 3 or more")
         drawn = np.stack([self.pairs(sentences, stream, i) for i in range(n)])  # (row, sentence, 2)
         a, b = drawn[..., 0], drawn[..., 1]
-        stop = np.full(a.shape, 3 * self.size)
-        ids = np.stack([a, self.size + self.table[a, b], 2 * self.size + b, stop], axis=-1).reshape(n, -1)
+        ids = np.stack([a, self.size + self.table[a, b], 2 * self.size + b], axis=-1).reshape(n, -1)
         rng = np.random.default_rng([self.seed, *f"lookup places/{stream}".encode()])
-        return ids.astype(np.int64), (4 * rng.integers(1, sentences - 1, n) + 1).astype(np.int64)
+        return ids.astype(np.int64), (3 * rng.integers(1, sentences - 1, n) + 1).astype(np.int64)

@@ -32,8 +32,8 @@ class Carry:
     def __init__(self, model: nn.Module, source: Any, world: World) -> None:
         if world.tensor > 1:
             raise VesaliusError(
-                "the state of a recurrent model cannot be carried under tensor parallelism; use --tensor-parallel 1, or "
-                "rows without order (data.shuffle: rows)"
+                "the state of a recurrent model cannot be carried under tensor parallelism; use --tensor-parallel 1, "
+                "or rows without order (data.shuffle: rows)"
             )
         self.model, self.source, self.world = model, source, world
         self.before: dict[int, Tensor] = {}  # by layer, (row, ...)

@@ -62,12 +62,6 @@ def peak_memory_bytes() -> int:
     return int(used if sys.platform == "darwin" else used * 1024)
 
 
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's tensors (on this process)."""
-    tensors = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 @dataclass
 class Ledger:
     """What was spent so far; `seconds` counts training steps alone, over all sittings of the run."""

@@ -22,8 +22,8 @@ import pandas as pd
 from vesalius.errors import RunError, VesaliusError
 from vesalius.train.assembly import assemble
 from vesalius.train.curves import steps_for
-from vesalius.train.ledger import optimizer_bytes
 from vesalius.train.optimizers import settings as optimizer_settings
+from vesalius.train.optimizers import state_bytes
 from vesalius.train.parallel import World
 from vesalius.train.recipe import Recipe
 from vesalius.train.trainer import deterministic
@@ -129,7 +129,7 @@ def lap(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> L
         "held_out": found["loss"],
         "bits_per_byte": found["loss"] / np.log(2) / made.bytes_per_token if made.bytes_per_token else float("nan"),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "optimizer_bytes": optimizer_bytes(trainer.optimizer),
+        "optimizer_bytes": state_bytes(trainer.optimizer),
         "error": error,
     }
     curve = _thinned(losses)

@@ -31,7 +31,8 @@ from vesalius.errors import RunError
 from vesalius.records import plain, versions
 from vesalius.runs import Run, find_run, folder_of
 from vesalius.train.assembly import assemble
-from vesalius.train.ledger import Ledger, flops_per_step, optimizer_bytes, six_n_t
+from vesalius.train.ledger import Ledger, flops_per_step, six_n_t
+from vesalius.train.optimizers import state_bytes
 from vesalius.train.parallel import World, unwrap
 from vesalius.train.recipe import Recipe
 from vesalius.train.schedules import checkpoint_steps
@@ -365,7 +366,7 @@ class _Sitting:
                 "bits_per_byte": last.get("bits_per_byte"),
                 "ledger": self.ledger.to_json(),
                 "flops_6nt": six_n_t(model, self.ledger.tokens),
-                "optimizer_bytes": optimizer_bytes(self.trainer.optimizer),
+                "optimizer_bytes": state_bytes(self.trainer.optimizer),
                 "optimizer": self.recipe.optimizer.name,
                 "objective": self.recipe.objective.name,
                 "deterministic": exact,
