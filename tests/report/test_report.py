@@ -13,11 +13,28 @@ from typing import Any
 import pandas as pd
 import pytest
 import vl_convert
-from report_helpers import circuit_run, compare_run, made_circuit, made_scores, reuse_run
+from report_helpers import (
+    circuit_run,
+    compare_run,
+    dynamics_run,
+    made_circuit,
+    made_scores,
+    race_run,
+    reuse_run,
+    training_run,
+)
 
 from vesalius.errors import RunError, UnknownName
 from vesalius.parts import parse_part
-from vesalius.report import circuit_report, compare_report, report, reuse_report
+from vesalius.report import (
+    circuit_report,
+    compare_report,
+    dynamics_report,
+    race_report,
+    report,
+    reuse_report,
+    train_report,
+)
 from vesalius.report.graph import MOST_EDGES, draw, shade, short_role
 from vesalius.report.words import count, estimate, listed, number, percent, token
 from vesalius.runs import Run
@@ -85,6 +102,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory, node: tuple[Run, Page]) -> d
         "edge": Page(circuit_report(edge)),
         "reuse": Page(reuse_report(reuse_run(out))),
         "compare": Page(compare_report(compare_run(out))),
+        "train": Page(train_report(training_run(out))),
+        "dynamics": Page(dynamics_report(dynamics_run(out))),
+        "race": Page(race_report(race_run(out))),
     }
 
 
@@ -121,7 +141,7 @@ def test_every_chart_is_one_vega_can_draw(pages: dict[str, Page]) -> None:
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser here to open the page with")
 def test_a_browser_draws_all_charts_under_the_policy(pages: dict[str, Page], tmp_path: Path) -> None:
-    for name in ("node", "compare"):
+    for name in ("node", "compare", "dynamics"):
         path = tmp_path / f"{name}.html"
         path.write_text(pages[name].source)
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
@@ -348,6 +368,40 @@ def test_compare_numbers(tmp_path: Path, pages: dict[str, Page]) -> None:
 
 
 # ---- words
+
+
+def test_a_training_curve_is_the_log_in_groups_and_says_when_it_is_not_over(
+    pages: dict[str, Page], tmp_path: Path
+) -> None:
+    page = pages["train"]
+    run = training_run(tmp_path)
+    curve = [r for r in rows(page.charts("Loss by step")[0]) if r["what"] == "training"]
+    log = run.table("log")
+    assert len(curve) == 300  # 900 steps, three in a group
+    assert curve[7]["loss"] == pytest.approx(log["loss"][21:24].mean()) and curve[7]["step"] == 23
+    last = run.table("evaluation").iloc[-1]
+    assert f"{number(float(last['loss']))} on held-out text (step 800)" in page.text
+    assert "1.00 M" in page.text and "6 N T is 0.90 of it" in page.text and "a note" in page.text
+    assert 'http-equiv="refresh"' not in page.source
+    half = training_run(tmp_path / "half", done=False)
+    open_ = Page(train_report(half))
+    assert "After 450 of 900 steps" in open_.text and "This run is running" in open_.text
+    assert 'http-equiv="refresh"' in open_.source
+    half.close()
+
+
+def test_dynamics_draw_the_head_that_forms(pages: dict[str, Page]) -> None:
+    chart = pages["dynamics"].charts("Attention to what followed")[0]
+    mine = {r["step"]: r["induction"] for r in rows(chart) if r["part"] == "L1.H2"}
+    assert mine[1000] == pytest.approx(0.9) and mine[0] == 0
+    domain = chart["layer"][-1]["encoding"]["color"]["scale"]["domain"]
+    assert domain[0] == "L1.H2" and len(domain) == 5
+    assert "L1.H2 ends at 0.9" in pages["dynamics"].text
+
+
+def test_a_race_says_when_seeds_overlap(pages: dict[str, Page]) -> None:
+    text = pages["race"].text
+    assert "adamw ends lowest, at 2.1 nats" in text and "Their seeds overlap." in text and "30 s a run" in text
 
 
 def test_words() -> None:

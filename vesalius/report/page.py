@@ -111,6 +111,7 @@ class Page:
     sections: Sequence[Section] = ()
     record: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = field(default=())
+    refresh: int = 0  # seconds after which a browser reads the page again; 0 for never
 
     def html(self) -> str:
         """The page as text, everything inlined."""

@@ -16,6 +16,7 @@ from vesalius.report.page import Page, Section, Table, record, warnings, write
 from vesalius.report.words import number
 from vesalius.runs import Run
 
+REFRESH_SECONDS = 20  # of a page that is still being drawn
 SHOWN = 400  # points of a curve; more are averaged in groups
 
 
@@ -42,6 +43,7 @@ def train_report(run: Run) -> Path:
         ],
         record=_record(run, found),
         notes=[str(n) for n in found.get("notes") or []],
+        refresh=REFRESH_SECONDS if run.state == "running" else 0,
     )
     return write(run, page)
 

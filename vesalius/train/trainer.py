@@ -194,7 +194,10 @@ class Trainer:
         return self.objective.loss(self.model(**inputs, **self.always, **state), micro)
 
     def _seed(self, step: int, micro: int) -> None:
-        torch.manual_seed(hash_of(self.seed, step, self.world.data_rank, micro))
+        number = hash_of(self.seed, step, self.world.data_rank, micro)
+        torch.default_generator.manual_seed(number)  # `torch.manual_seed` asks every kind of device: 1 ms a step
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(number)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "float32":
