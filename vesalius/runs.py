@@ -535,7 +535,20 @@ def find_run(text: str, roots: Sequence[Path | str] = (DEFAULT_ROOT,)) -> Run:
 
 
 _COLUMNS = ["run", "hash", "command", "model", "task", "method", "level", "state", "when", "seconds", "accuracy"]
-_COLUMNS += ["logit_diff", "faithfulness", "heads", "mlps", "edges", "random", "cpr", "cmd", "error", "folder"]
+_COLUMNS += [
+    "logit_diff",
+    "faithfulness",
+    "heads",
+    "mlps",
+    "edges",
+    "random",
+    "cpr",
+    "cmd",
+    "parameters",
+    "held_out",
+    "error",
+]
+_COLUMNS += ["folder"]
 
 
 def _number(value: Any) -> float | None:
@@ -572,7 +585,7 @@ def list_runs(root: Path | str = DEFAULT_ROOT) -> pd.DataFrame:
                 summary = run.json("summary")
                 size = summary.get("size") or {}
                 row |= {k: size.get(k) for k in ("heads", "mlps", "edges")}
-                for key in ("accuracy", "logit_diff", "faithfulness", "random", "cpr", "cmd"):
+                for key in ("accuracy", "logit_diff", "faithfulness", "random", "cpr", "cmd", "parameters", "held_out"):
                     row[key] = _number(summary.get(key))
         except RunError as error:
             row |= {"state": "damaged", "error": str(error)}

@@ -129,6 +129,10 @@ def runs(seed: o.NoSeed = 0, out: o.Out = None, as_json: o.AsJson = False) -> No
 
 
 def _size(row: Mapping[Hashable, Any]) -> str:
+    if row["command"] == "train" and row["parameters"] == row["parameters"] and row["parameters"] is not None:
+        loss = row["held_out"]
+        told = f", held-out loss {loss:.3f}" if loss is not None and loss == loss else ""
+        return f"{row['parameters'] / 1e6:.2f} M parameters{told}"
     counts = [(row[k], noun) for k, noun in (("heads", "heads"), ("mlps", "MLPs"), ("edges", "edges"))]
     return ", ".join(f"{int(n)} {noun}" for n, noun in counts if n is not None and n == n) or "-"
 
