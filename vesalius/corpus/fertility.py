@@ -67,12 +67,17 @@ def statistics(tokenizer: PreTrainedTokenizerFast, documents: Iterable[Document 
         CorpusError: there are no documents.
     """
     import regex  # type: ignore[import-untyped]
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
 
     total = dict.fromkeys(TokenizerStatistics.__dataclass_fields__, 0)
     unknown_id = getattr(tokenizer, "unk_token_id", None)
     for document in documents:
         text = document if isinstance(document, str) else document.text
-        encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        encoding = backend.encode(text, add_special_tokens=False)
         ids = encoding.ids
         total["documents"] += 1
         total["tokens"] += len(ids)

@@ -2,7 +2,7 @@
 
     FOLDER/tokens.bin        ids, uint16 or uint32, little-endian, document after document, each with its separator
     FOLDER/bounds.npy        (documents + 1) int64: document i is tokens bounds[i]..bounds[i + 1]
-    FOLDER/documents.parquet id, source, line and sha256 of the text of each document
+    FOLDER/documents.parquet id, source, line, sha256 and UTF-8 bytes of the text of each document
     FOLDER/tokenizer/        as transformers saves it
     FOLDER/store.json        sizes and sha256 of the above, counts, what it was made of; written last
 
@@ -33,7 +33,7 @@ from vesalius.records import dump, request_hash, sha256, why
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 256  # documents tokenised at once
 FILES = ("tokens.bin", "bounds.npy", "documents.parquet")
 
@@ -50,7 +50,7 @@ class Tokens:
 
     Attributes:
         bounds: (documents + 1) int64 places of the documents in the stream.
-        index: one row a document: id, source, line, sha256.
+        index: one row a document: id, source, line, sha256, bytes (-1 where it is not known).
         fingerprint: sha256 over the tokens, the places and the documents' names.
         vocab_size: entries of the tokenizer, reserved ones counted.
         separator: id that ends each document; None if none does.
@@ -165,7 +165,7 @@ class TokenStore(Tokens):
 
     @cached_property
     def index(self) -> pd.DataFrame:
-        """One row a document: id, source, line, sha256."""
+        """One row a document: id, source, line, sha256, bytes."""
         return pd.read_parquet(self.folder / "documents.parquet")
 
     @cached_property
@@ -269,7 +269,8 @@ class TokenStore(Tokens):
                         writer.dropped += len(chunk) - len(fresh)
                         chunk, hashes = [chunk[i] for i in fresh], [hashes[i] for i in fresh]
                     for document, digest, ids in zip(chunk, hashes, encoder([d.text for d in chunk]), strict=True):
-                        writer.add(document.id, document.source, document.line, digest, ids)
+                        size = len(document.text.encode("utf-8", "surrogatepass"))
+                        writer.add(document.id, document.source, document.line, digest, ids, size)
                     progress(f"tokenised {len(writer.rows):,} documents, {writer.tokens:,} tokens", None)
                 writer.finish(root, overwrite)
         except OSError as error:
@@ -288,7 +289,7 @@ class Writer:
         self.folder, self.tokenizer, self.separator, self.request = folder, tokenizer, separator, request
         self.vocab_size = len(tokenizer)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
-        self.rows: list[tuple[str, str, int, str]] = []
+        self.rows: list[tuple[str, str, int, str, int]] = []
         self.lengths: list[int] = []
         self.tokens = self.dropped = self.read = 0
         self.digest = hashlib.sha256()
@@ -306,13 +307,13 @@ class Writer:
         for document, digest in zip(documents, hashes, strict=True):
             self.digest.update(_line(document, digest))
 
-    def add(self, name: str, source: str, line: int, digest: str, ids: ArrayLike) -> None:
-        """One document's tokens, without the separator."""
+    def add(self, name: str, source: str, line: int, digest: str, ids: ArrayLike, size: int = -1) -> None:
+        """One document's tokens, without the separator; `size` is of its text in bytes, -1 where it is not known."""
         array = np.asarray(ids, dtype=np.int64)
         if self.separator is not None:
             array = np.append(array, self.separator)
         array.astype(self.dtype).tofile(self.file)
-        self.rows.append((name, source, line, digest))
+        self.rows.append((name, source, line, digest, size))
         self.lengths.append(len(array))
         self.tokens += len(array)
 
@@ -325,7 +326,7 @@ class Writer:
             raise CorpusError(f"no tokens for the store {root}: there are no documents, or they are all empty")
         bounds = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         np.save(self.folder / "bounds.npy", bounds)
-        frame = pd.DataFrame(self.rows, columns=["id", "source", "line", "sha256"])
+        frame = pd.DataFrame(self.rows, columns=["id", "source", "line", "sha256", "bytes"])
         frame.to_parquet(self.folder / "documents.parquet", index=False)
         self.tokenizer.save_pretrained(self.folder / "tokenizer")
         names = [*FILES, *sorted(f"tokenizer/{p.name}" for p in (self.folder / "tokenizer").iterdir())]

@@ -8,6 +8,7 @@ ways, under the causal one from the left. Decoding is greedy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,17 +89,31 @@ def infill(
         raise VesaliusError(f"rows {ids.shape} and starts {begin.shape}: give one start for each of some rows")
     if count < 1 or begin.min() < 0 or begin.max() + count > ids.shape[1]:
         raise VesaliusError(f"spans of {count} from {begin.min()} to {begin.max()} leave rows of {ids.shape[1]} tokens")
-    n, length = ids.shape
-    index = np.arange(length)
-    within = (index >= begin[:, None]) & (index < begin[:, None] + count)  # (row, pos)
-    wanted = ids[within].reshape(n, count)
-    kept = np.where(index == begin[:, None], sentinel, ids)[~within | (index == begin[:, None])]
-    head = np.tile(np.array(first, dtype=np.int64), (n, 1))
-    given = np.concatenate([head, kept.reshape(n, -1), np.full((n, 1), sentinel)], axis=1)
+    length = ids.shape[1]
+    within = (np.arange(length) >= begin[:, None]) & (np.arange(length) < begin[:, None] + count)  # (row, pos)
+    wanted = ids[within].reshape(-1, count)
+    given = question(ids, begin, count, sentinel, first)
     barred = _barred(among, int(model.hf.config.vocab_size))
-    pieces = [_decode(model, given[i : i + batch], count, mask, barred) for i in range(0, n, batch)]
+    pieces = [_decode(model, given[i : i + batch], count, mask, barred) for i in range(0, len(ids), batch)]
     said = np.concatenate(pieces)
     return Infill(said, said == wanted)
+
+
+def question(
+    rows: NDArray[np.int64], starts: NDArray[np.int64], count: int, sentinel: int, first: Sequence[int] = ()
+) -> NDArray[np.int64]:
+    """What the model is given: `first`, the text with the sentinel for the span, and the sentinel that asks for it.
+
+    Example:
+        >>> question(np.array([[5, 6, 7, 8]]), np.array([1]), 2, sentinel=0, first=[9]).tolist()
+        [[9, 5, 0, 8, 0]]
+    """
+    n, index = len(rows), np.arange(rows.shape[1])
+    opens = index == starts[:, None]  # (row, pos)
+    kept = opens | (index < starts[:, None]) | (index >= starts[:, None] + count)
+    text = np.where(opens, sentinel, rows)[kept].reshape(n, -1)
+    head = np.tile(np.array(first, dtype=np.int64), (n, 1))
+    return np.concatenate([head, text, np.full((n, 1), sentinel)], axis=1)
 
 
 def _barred(among: ArrayLike | None, vocabulary: int) -> torch.Tensor | None:

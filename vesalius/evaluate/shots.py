@@ -158,7 +158,7 @@ def log_probs(
     normalise: Literal["none", "token"] = "none",
     batch: int = ROWS,
 ) -> np.ndarray[Any, Any]:
-    """log p(answer | prompt) of each (prompt, answer), nats, (pair,).
+    """The log p(answer | prompt) of each (prompt, answer), nats, (pair,).
 
     What all prompts begin with is read once. A prompt and its answer are tokenised together; the answer's tokens are
     those after the longest beginning that the prompt alone has too.
@@ -171,13 +171,19 @@ def log_probs(
     whole = [tokenizer(p + a, add_special_tokens=False)["input_ids"] for p, a in pairs]
     alone = [tokenizer(p, add_special_tokens=False)["input_ids"] for p, _ in pairs]
     starts = [_common(w, p) for w, p in zip(whole, alone, strict=True)]  # of the answer's tokens
-    if (none := next((i for i, (w, s) in enumerate(zip(whole, starts, strict=True)) if s in (0, len(w))), None)) is not None:
+    if (
+        none := next((i for i, (w, s) in enumerate(zip(whole, starts, strict=True)) if s in (0, len(w))), None)
+    ) is not None:
         raise VesaliusError(f"the pair {pairs[none]!r} has no prompt or no answer in tokens; give both some text")
     shared = min(min(starts) - 1, min(_common(whole[0], w) for w in whole))
     found = np.zeros(len(pairs))
     order = sorted(range(len(pairs)), key=lambda i: len(whole[i]))  # rows of a batch are about as long
     with torch.inference_mode(), model.alone():
-        past = model.hf(**model.inputs(torch.tensor([whole[0][:shared]])), use_cache=True).past_key_values if shared else None
+        past = (
+            model.hf(**model.inputs(torch.tensor([whole[0][:shared]])), use_cache=True).past_key_values
+            if shared
+            else None
+        )
         for at in range(0, len(order), batch):
             chosen = order[at : at + batch]
             found[chosen] = _read(model, [whole[i] for i in chosen], [starts[i] for i in chosen], shared, past)
@@ -189,7 +195,9 @@ def log_probs(
 def _read(model: Model, rows: list[list[int]], starts: list[int], shared: int, past: Any) -> np.ndarray[Any, Any]:
     """Summed log-probabilities of each row from its start on, the first `shared` tokens being read already."""
     width = max(map(len, rows))
-    ids = torch.tensor([row[shared:] + [row[-1]] * (width - len(row)) for row in rows])  # what fills up is not looked at
+    ids = torch.tensor(
+        [row[shared:] + [row[-1]] * (width - len(row)) for row in rows]
+    )  # what fills up is not looked at
     mine = copy.deepcopy(past)
     if mine is not None:
         mine.batch_repeat_interleave(len(rows))

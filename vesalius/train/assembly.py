@@ -24,7 +24,7 @@ from vesalius.corpus.documents import Document
 from vesalius.corpus.order import Order
 from vesalius.corpus.rewrite import Rewritten
 from vesalius.corpus.sources import catalogue, documents, fetch
-from vesalius.corpus.store import Tokens, TokenStore, tokenizer_sha256
+from vesalius.corpus.store import FORMAT, Tokens, TokenStore, tokenizer_sha256
 from vesalius.corpus.symbols import symbol_tokenizer
 from vesalius.corpus.synthetic import synthetic_source
 from vesalius.corpus.tokenizers import train_tokenizer
@@ -138,7 +138,7 @@ def data_of(recipe: Recipe, tell: Tell = _silent) -> Data:
     stamps = [_stamp(n, tell) for n in names]
     tokenizer, made_of = _tokenizer(recipe, names, stamps, tell)
     inputs = _hash(names, stamps, section.deduplicate)
-    folder = cache_folder(None) / "stores" / _hash(inputs, made_of)[:24]
+    folder = cache_folder(None) / "stores" / _hash(inputs, made_of, FORMAT)[:24]
     store = TokenStore.build(
         _all(names),
         tokenizer,
@@ -219,13 +219,10 @@ def _tokenizer(recipe: Recipe, names: list[str], stamps: list[str], tell: Tell) 
 
 
 def _bytes_per_token(tokens: Tokens | None) -> float | None:
-    """UTF-8 bytes a token stands for in held-out text, over at most 500 documents evenly taken."""
-    if tokens is None:
+    """UTF-8 bytes a token stands for in held-out text; None where the store does not know the size of its text."""
+    if tokens is None or bool((tokens.index["bytes"] < 0).any()):
         return None
-    chosen = np.unique(np.linspace(0, tokens.n_documents - 1, min(500, tokens.n_documents)).astype(int))
-    sizes = np.diff(tokens.bounds)
-    total = sum(len(tokens.text(int(d)).encode("utf-8", "surrogatepass")) for d in chosen)
-    return total / max(int(sizes[chosen].sum()), 1)
+    return float(tokens.index["bytes"].sum()) / max(tokens.n_tokens, 1)
 
 
 # ---- the model

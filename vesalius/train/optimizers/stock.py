@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
+
+from vesalius.errors import VesaliusError
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -20,6 +23,11 @@ def fusible(params: Any) -> bool:
         and devices <= set(FUSED_DEVICES)
         and all(t.is_floating_point() for t in tensors)
     )
+
+
+def sharded(params: Any) -> bool:
+    """Whether some parameters are pieces of tensors that several processes share."""
+    return any(isinstance(t, DTensor) for p in params for t in (p["params"] if isinstance(p, dict) else [p]))
 
 
 def adamw(
@@ -45,7 +53,7 @@ def sgdm(
 ) -> Optimizer:
     """Momentum as torch has it; the decay is part of the gradient."""
     params = list(params)
-    use = fusible(params) if fused is None else fused
+    use = fusible(params) and not sharded(params) if fused is None else fused  # torch's fused SGD takes no DTensors
     return SGD(params, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=use)
 
 
@@ -59,7 +67,10 @@ def adafactor(
     foreach: bool | None = None,
 ) -> Optimizer:
     """Factored Adafactor; `lr` bounds the relative step 1/sqrt(step)."""
-    return Adafactor(list(params), lr, beta2_decay, eps, d, weight_decay, foreach=foreach)
+    params = list(params)
+    if sharded(params):
+        raise VesaliusError("Adafactor needs whole matrices, and these are sharded; train replicated, or with AdamW")
+    return Adafactor(params, lr, beta2_decay, eps, d, weight_decay, foreach=foreach)
 
 
 __all__ = ["adafactor", "adamw", "fusible", "sgdm"]

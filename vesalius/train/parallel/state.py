@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 from vesalius.train.parallel.gradients import unwrap
@@ -39,6 +40,8 @@ def gather_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
         ParallelError: if the optimizer keeps something that is not a tensor.
     """
     plain = unwrap(model)
+    if isinstance(plain, FSDPModule):
+        plain.reshard()  # an evaluation, which no backward pass follows, leaves the outer parameters gathered
     orders: Orders = getattr(plain, ORDERS, {})
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     weights: dict[str, Tensor] = {}
