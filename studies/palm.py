@@ -32,7 +32,7 @@ SHAPES = {
     "1 M": {"layers": 3, "d_model": 144, "heads": 4, "d_head": 36},
 }
 GRID = (1e-3, 3e-3, 1e-2, 3e-2)
-Z_LOSS = 1e-4  # the paper's
+Z_LOSSES = (1e-4, 1e-2)  # the paper's, and one that short runs can tell
 
 
 @dataclass(frozen=True)
@@ -130,17 +130,21 @@ def z_loss(size: Size, folder: str) -> list[str]:
     rows, smaller, worse = [], [], []
     for seed in size.seeds:
         ends: dict[float, tuple[float, float]] = {}
-        for weight in (0.0, Z_LOSS):
+        for weight in (0.0, *Z_LOSSES):
             recipe = tiny(f"palm-z{weight:g}-{seed}", 3 * best, weight, seed, size)
             run = trained(recipe, folder)
             ends[weight] = (normaliser(recipe, run), float(held_out(run, "nll")[1][-1]))
-        (z0, loss0), (z1, loss1) = ends[0.0], ends[Z_LOSS]
-        smaller.append(z1 < z0)
-        worse.append(loss1 / loss0 - 1)
-        rows.append([seed, f"{z0:.3f}", f"{z1:.3f}", f"{loss0:.3f}", f"{loss1:.3f}", f"{worse[-1]:+.2%}"])
+        paper = ends[Z_LOSSES[0]]
+        smaller.append(ends[0.0][0] - paper[0])
+        worse.append(paper[1] / ends[0.0][1] - 1)
+        rows.append([seed, *(f"{z:.3f}" for z, _ in ends.values()), *(f"{y:.3f}" for _, y in ends.values())])
     mean, low, high = interval(worse)
     claims = [
-        ["the size of log Z ends smaller with z-loss", f"{sum(smaller)} of {len(smaller)} seeds", verdict(smaller)],
+        [
+            f"the size of log Z ends smaller with lambda {Z_LOSSES[0]:g}",
+            "by " + ", ".join(f"{x:.3f}" for x in smaller),
+            verdict([x > 0 for x in smaller]),
+        ],
         [
             "token loss no more than 1 % worse",
             f"{mean:+.2%} [{low:+.2%}, {high:+.2%}]",
@@ -148,13 +152,18 @@ def z_loss(size: Size, folder: str) -> list[str]:
         ],
     ]
     grid = ", ".join(f"{v:.3f} at {k:g}" for k, v in tried.items())
+    weights = [f"lambda {w:g}" for w in (0.0, *Z_LOSSES)]
     return [
         "## z-loss at three times the best rate",
         f"`tiny-palm` with 512 tokens, AdamW, constant rate, {size.z_steps} steps of 16 x 64 tokens. Held-out loss of "
-        f"seed 0 by rate: {grid}; so {3 * best:g} it is. lambda is {Z_LOSS:g}, the size of log Z its mean "
-        "absolute value over held-out tokens.",
+        f"seed 0 by rate: {grid}; so {3 * best:g} it is. The size of log Z is its mean absolute value over held-out "
+        f"tokens. {Z_LOSSES[0]:g} is the paper's lambda, for hundreds of thousands of steps; in {size.z_steps} it "
+        f"moves log Z by little, so {Z_LOSSES[1]:g} stands beside it.",
         table(["what was asked", "what came out", ""], claims),
-        table(["seed", "size of log Z without", "with", "token loss without", "with", ""], rows),
+        table(
+            ["seed", *(f"size of log Z, {w}" for w in weights), *(f"token loss, {w}" for w in weights)],
+            rows,
+        ),
     ]
 
 
@@ -332,7 +341,8 @@ def questions(size: Size) -> list[str]:
         "25 %. Examples are drawn from eight others of the same relation, anew for each seed.",
         table(["what was asked", "what came out (a seed of the examples each)", ""], claims),
         table(["relation", "questions", "no example", "5 examples", "5 with exchanged answers"], rows),
-        "Without an example the model takes the word itself or a near relative: nothing says which relation is meant. "
+        "The wrong options are near relatives, so that without an example the model takes one of them or the word "
+        "itself, more often than by chance: nothing says which relation is meant, and 15 points are no high bar. "
         "Exchanged capitals still show that a capital is wanted, exchanged antonyms show nothing.",
     ]
 

@@ -232,18 +232,19 @@ def killed(place: Path, quick: bool) -> tuple[list[str], bool]:
         raise SystemExit(f"resuming failed: {resumed.stderr.read() if resumed.stderr else ''}")
     rng = random.Random(0)
     kills: list[str] = []
-    while len(kills) < (1 if quick else 4):
+    for past in (50,) if quick else (2, 32, 50, 100, 150):
         process = command("train", str(path), "--threads", "1", "--out", str(place / "at-random"))
-        wait = time.monotonic() + rng.uniform(6, 14)
-        while time.monotonic() < wait and process.poll() is None:
+        wait = rng.uniform(0, 1)
+        while process.poll() is None:  # until that checkpoint is there, and a random while longer
+            run = next(iter((place / "at-random").glob("*")), None)
+            if run is not None and max(checkpoints.steps_in(run / checkpoints.FOLDER), default=0) >= past:
+                time.sleep(wait)
+                break
             time.sleep(0.01)
-        if process.poll() is not None:
-            break
         process.kill()
-        process.wait()
-        run = next((place / "at-random").iterdir(), None)
-        at = checkpoints.steps_in(run / checkpoints.FOLDER) if run else []
-        kills.append(str(at[-1]) if at else "no checkpoint yet")
+        if process.wait() != -9:
+            raise SystemExit(f"the run ended before it was killed: {process.stderr.read() if process.stderr else ''}")
+        kills.append(str(checkpoints.steps_in(next((place / "at-random").iterdir()) / checkpoints.FOLDER)[-1]))
     process = command("train", str(path), "--threads", "1", "--out", str(place / "at-random"))
     if process.wait():
         raise SystemExit(f"going on failed: {process.stderr.read() if process.stderr else ''}")

@@ -22,12 +22,15 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import vesalius.model
+from vesalius.build import preset
 from vesalius.cli.app import command_line
+from vesalius.cli.train import parse_changes
 from vesalius.errors import UnknownName
 from vesalius.find.base import METHODS, parameters
 from vesalius.model import Model
 from vesalius.model.sources.catalogue import catalogue
 from vesalius.tasks import TASKS
+from vesalius.train import OPTIMIZERS, read_recipe
 
 sys.path.append(str(Path(__file__).parents[1] / "tasks"))
 from task_helpers import bpe
@@ -96,18 +99,30 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
 def test_commands_exist_with_these_options(where: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if shlex.split(line, comments=True)[1:] in (["--help"], ["--version"]):
         return
-    _, given = parsed(line)
+    command, given = parsed(line)
     if (method := given.get("method")) is not None:
         own = parameters(method)  # refuses an unknown method
+    if "method_set" in given:
         for item in given.get("method_set") or []:
             assert item.partition("=")[0].replace("-", "_") in own, item
         for option in ("direction", "steps", "budget", "position"):
             assert given.get(option) is None or option in own, option
     for task in filter(None, str(given.get("task") or given.get("tasks") or "").split(",")):
+        if (command, task) == ("dynamics", "none"):
+            continue
         assert Path(task).suffix in (".jsonl", ".csv") or TASKS.entry(task), task
         for item in given.get("task_set") or []:
             key = item.partition("=")[0]
             assert key in ("metric", "scoring", "on_misaligned") or key in TASKS.get(task).parameters, item
+    if command in ("train", "race"):
+        recipe = given.get("recipe") or given.get("preset")
+        if recipe is not None and not recipe.endswith(".yaml"):
+            read_recipe(recipe, parse_changes(given.get("changes") or []))  # refuses unknown recipes and keys
+        for optimizer in filter(None, str(given.get("optimizers") or "").split(",")):
+            assert OPTIMIZERS.entry(optimizer)
+        for model in filter(None, str(given.get("models") or "").split(",")):
+            assert preset(model)
+        return
     for model in filter(None, str(given.get("model") or given.get("models") or "").split(",")):
         known = model in catalogue() or model.isupper() or "/" in model or model.endswith(".gguf")
         assert known or model.startswith("wheel:"), model
@@ -153,6 +168,7 @@ def test_python_runs(page: Path, small: Model, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(vesalius.model, "open_model", opened)
     monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))  # a page registers a method
+    monkeypatch.setenv("VESALIUS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     rows = [
         {"clean": form.format(a), "corrupted": form.format(b), "answer": f" {x}", "wrong": f" {y}"}

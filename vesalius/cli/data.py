@@ -26,6 +26,8 @@ def data(
     document: Annotated[str | None, typer.Option(help="Steps at which a document was seen, by its id.")] = None,
     until: Annotated[int | None, typer.Option(min=0, help="Count exposures before this step.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Print the sha256 of the step's batch.")] = False,
+    seed: o.NoSeed = 0,
+    out: o.NoOut = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Read what a training run saw: by step, by text, or by document.

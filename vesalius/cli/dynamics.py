@@ -151,8 +151,7 @@ def story(numbers: pd.DataFrame, heads: pd.DataFrame) -> dict[str, Any]:
     }
     if "in_context" in numbers:
         found["in_context"] = float(numbers["in_context"].iloc[-1])
-    gain = numbers["repeat_first"] - numbers["repeat_second"]
-    return found | {"repeat_gain": float(gain.iloc[-1])}
+    return found | {k: float(numbers[k].iloc[-1]) for k in ("repeat_first", "repeat_second")}
 
 
 def lead(numbers: pd.DataFrame, heads: pd.DataFrame) -> str:
@@ -166,7 +165,8 @@ def lead(numbers: pd.DataFrame, heads: pd.DataFrame) -> str:
         text += f"; it passed half of that by step {told['formed_at']:,}"
     else:
         text += ": no induction head has formed"
-    return text + f". Random tokens cost {told['repeat_gain']:.2f} nats less the second time."
+    first, second = told["repeat_first"], told["repeat_second"]
+    return text + f". Random tokens cost {first:.2f} nats the first time and {second:.2f} when they come again."
 
 
 def _show(screen: Screen, run: Run) -> None:

@@ -124,8 +124,11 @@ def on_repeats(model: Model, ids: Tensor) -> tuple[pd.DataFrame, float, float]:
     prefix = model.anatomy.main.prefix
     run = model.run(ids, capture=[Site("pattern", n, prefix) for n in layers])
     query = torch.arange(half, 2 * half - 1)  # the last token's successor was not seen
+    attending = [n for n in layers if Site("pattern", n, prefix) in run.sites]
+    if not attending:
+        raise VesaliusError(f"no layer of {model.name} has an attention pattern; dynamics follow attention heads")
     rows = []
-    for layer in layers:
+    for layer in attending:
         pattern = run[Site("pattern", layer, prefix)].float()  # (row, head, query, key)
         every = torch.arange(1, 2 * half)
         looks = {

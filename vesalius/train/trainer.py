@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from vesalius import checkpoints
 from vesalius.corpus.batches import Source
@@ -241,7 +242,7 @@ class Trainer:
 
         def fill(place: Path) -> None:
             with quiet_transformers():
-                model.save_pretrained(place, state_dict=weights)
+                _plain(model).save_pretrained(place, state_dict=weights)
             if tokenizer is not None:
                 tokenizer.save_pretrained(place)
             if state:
@@ -306,6 +307,15 @@ class Trainer:
             self._scaler.load_state_dict(note["scaler"])
         self.done = int(note["step"])
         return note
+
+
+def _plain(model: Any) -> Any:
+    """The model, or, of one that FSDP made a class of its own for, a shell of the class it was."""
+    if FSDPModule not in type(model).__mro__:
+        return model
+    kind: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    with torch.device("meta"):
+        return kind(model.config)
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
