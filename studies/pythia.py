@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -296,15 +297,15 @@ def preference(run: Path, step: int, openings: list[tuple[str, str]], tokenizer:
     return np.array(found)
 
 
-def bits(recipe: Recipe, run: Path, step: int, texts: list[str], place: Path) -> float:
+def bits(recipe: Recipe, run: Path, step: int, texts: list[str]) -> float:
     """Bits per byte of texts, packed one after the other."""
     made = assemble(recipe, World.single())
     made.trainer.load(run / checkpoints.FOLDER / checkpoints.name_of(step), with_settings=False)
     made_of = (Document(f"text-{i}", t, "held-out") for i, t in enumerate(texts))
-    name = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
-    store = TokenStore.build(made_of, made.data.tokenizer, place / f"texts-{name}", inputs=name)
-    order = Order(store, recipe.data.length, recipe.data.rows, 0, "none")
-    found = made.trainer.evaluate(order, math.ceil(order.steps_per_epoch))
+    with tempfile.TemporaryDirectory() as place:
+        store = TokenStore.build(made_of, made.data.tokenizer, Path(place) / "store")
+        order = Order(store, recipe.data.length, recipe.data.rows, 0, "none")
+        found = made.trainer.evaluate(order, math.ceil(order.steps_per_epoch))
     return found["loss"] * found["targets"] / math.log(2) / sum(len(t.encode()) for t in texts)
 
 
@@ -362,8 +363,8 @@ def branched(place: Path, quick: bool) -> tuple[list[str], bool]:
             if mine.any():
                 line = [seed, word, int(mine.sum()), f"{plain[mine].mean():+.2f}", f"{other[mine].mean():+.2f}"]
                 by_word.append([*line, f"{rise[mine].mean():+.2f}"])
-        neutral = [bits(plan, r, steps, free, place) for r in (twin, branch)]
-        whole = [bits(plan, r, steps, verses, place) for r in (twin, branch)]
+        neutral = [bits(plan, r, steps, free) for r in (twin, branch)]
+        whole = [bits(plan, r, steps, verses) for r in (twin, branch)]
         costs.append(neutral[1] / neutral[0] - 1)
         line = [seed, len(openings), f"{plain.mean():+.2f}", f"{other.mean():+.2f}"]
         line += [f"{rise.mean():+.2f} ± {half:.2f}", f"{(rise > 0).mean():.0%}"]

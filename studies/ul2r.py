@@ -228,8 +228,9 @@ def ul2r(size: Size, folder: str) -> list[str]:
             rows,
         ),
         "`ranked` is the accuracy of the m that makes the whole text likeliest before UL2R: whether the language "
-        "model knows the table, though it cannot be asked for it. Losses are left-to-right, nats a token (the entropy of the text "
-        f"is about {2 * math.log(16) / 3:.2f}). The last column is what the language model alone spends to come to the "
+        "model knows the table, though it cannot be asked for it. Losses are left-to-right, nats a token "
+        f"(the entropy of the text is about {2 * math.log(16) / 3:.2f}). The last column is what the language model "
+        "alone spends to come to the "
         f"same left-to-right loss, over what was spent on the branch and UL2R together: {told}. Below 1, UL2R saves "
         "nothing by this score: a language without redundancy has little to gain from infilling but infilling itself.",
     ]
