@@ -44,6 +44,7 @@ SWAP = {
     "herself": "himself",
 }
 PRONOUN = re.compile(r"\b(he|she|him|her|his|hers|himself|herself)\b", re.IGNORECASE)
+SMALLEST = "2 layers, d 64"
 ASKED = (0, 1, 37)  # steps rebuilt from the record, and the last
 KILLED = 97
 KILLER = f"""
@@ -134,13 +135,15 @@ def ordered(place: Path, quick: bool) -> tuple[list[str], bool]:
     steps = 8 if quick else 40
     asked = [s for s in (*ASKED, steps - 1) if s < steps]
     shapes: dict[str, dict[str, int]] = {
-        "2 layers, d 64": {"layers": 2, "d_model": 64, "heads": 4},
+        SMALLEST: {"layers": 2, "d_model": 64, "heads": 4},
         "3 layers, d 96": {"layers": 3, "d_model": 96, "heads": 4},
     }
     found: dict[tuple[str, int, int], list[str]] = {}
     for name, shape in shapes.items():
         for accumulate in (1, 4):
             for ranks in (1, 2):
+                if quick and (name, accumulate, ranks) not in ((SMALLEST, 1, 1), (SMALLEST, 4, 2)):
+                    continue
                 label = f"order-{shape['d_model']}-{accumulate}"
                 recipe = base(label, steps=steps, accumulate=accumulate, model__architecture=shape)
                 if ranks == 1:
@@ -233,7 +236,7 @@ def killed(place: Path, quick: bool) -> tuple[list[str], bool]:
         raise SystemExit(f"resuming failed: {resumed.stderr.read() if resumed.stderr else ''}")
     rng = random.Random(0)
     kills: list[str] = []
-    for past in (50,) if quick else (2, 32, 50, 100, 150):
+    for past in () if quick else (2, 32, 50, 100, 150):
         process = command("train", str(path), "--threads", "1", "--out", str(place / "at-random"))
         wait = rng.uniform(0, 1)
         while process.poll() is None:  # until that checkpoint is there, and a random while longer
@@ -246,12 +249,15 @@ def killed(place: Path, quick: bool) -> tuple[list[str], bool]:
         if process.wait() != -9:
             raise SystemExit(f"the run ended before it was killed: {process.stderr.read() if process.stderr else ''}")
         kills.append(str(checkpoints.steps_in(next((place / "at-random").iterdir()) / checkpoints.FOLDER)[-1]))
-    process = command("train", str(path), "--threads", "1", "--out", str(place / "at-random"))
-    if process.wait():
-        raise SystemExit(f"going on failed: {process.stderr.read() if process.stderr else ''}")
-    runs["at-random"] = next((place / "at-random").iterdir())
+    if kills:
+        process = command("train", str(path), "--threads", "1", "--out", str(place / "at-random"))
+        if process.wait():
+            raise SystemExit(f"going on failed: {process.stderr.read() if process.stderr else ''}")
+        runs["at-random"] = next((place / "at-random").iterdir())
     expected, rows, ok = hashes(runs["whole"]), [], died == -9 and left < KILLED
     for name, how in (("at-97", f"killed at step {KILLED}, resumed from {left}"), ("at-random", "")):
+        if name not in runs:
+            continue
         how = how or f"killed {len(kills)} times, last whole checkpoints: {', '.join(kills)}"
         mine = hashes(runs[name])
         same = sum(mine.get(k) == v for k, v in expected.items())

@@ -137,7 +137,7 @@ def check(folder: Path) -> None:
         good = [s for s in steps_in(folder.parent) if s != _number(folder) and not troubles(folder.parent / name_of(s))]
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         usable = ", ".join(map(str, good)) or "none"
-        raise RunError(f"{found[0]}{more}; use another step ({usable}), or --resume the run to make it again")
+        raise RunError(f"{found[0]}{more}; use another step ({usable}), or train the run again with --fresh")
 
 
 def _number(folder: Path) -> int:

@@ -35,8 +35,7 @@ def data(
     Nothing is replayed: the order is a function of the recipe, so any step is looked up at once. A text counts as seen
     at the step at which the last of its tokens was a target.
     """
-    from vesalius.train.assembly import data_of
-    from vesalius.train.running import recipe_of
+    from vesalius.train.running import data_of_run, recipe_of
 
     screen = Screen(as_json)
     found = find_run(run)
@@ -45,7 +44,7 @@ def data(
         raise VesaliusError("give one of --step, --find and --document")
     if step is not None and step >= recipe.steps:
         raise VesaliusError(f"--step {step}: the run has steps 0 to {recipe.steps - 1}")
-    made = data_of(recipe, screen.note)
+    made = data_of_run(found, screen.note)
     end = recipe.steps if until is None else min(until, recipe.steps)
     summary: dict[str, Any] = {"run": str(Path(found.folder)), "fingerprint": made.source.fingerprint}
     if step is not None:
@@ -65,7 +64,8 @@ def data(
         return
     seen = made.seen(find, document, end)
     summary |= {"seen": seen.to_dict("records"), "times": len(seen), "until": end}
-    what = f'"{find}"' if find is not None else f"document {document}"
+    quoted = find if find is None or len(find) <= 80 else f"{find[:77]}..."
+    what = f'"{quoted}"' if find is not None else f"document {document}"
     if seen.empty:
         screen.show(summary, f"\n{what} was not seen before step {end}")
         return

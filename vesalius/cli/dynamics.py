@@ -47,8 +47,7 @@ def dynamics(
     import vesalius
     from vesalius.prove.dynamics import moment
     from vesalius.report import dynamics_report
-    from vesalius.train.assembly import held_out_of
-    from vesalius.train.running import recipe_of
+    from vesalius.train.running import data_of_run, recipe_of
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -72,7 +71,7 @@ def dynamics(
     command = "vesalius " + shlex.join(sys.argv[1:])
     with Run.start(request, out, fresh, command) as found:
         if not found.done:
-            held_out = held_out_of(recipe, screen.note)
+            held_out = data_of_run(parent, screen.note).held_out
             tables: dict[str, list[Any]] = {"numbers": [], "heads": [], "scores_by_step": []}
             unit = ""
             with found.stage("checkpoints", len(chosen)) as stage, screen.step("measuring checkpoints") as progress:

@@ -64,8 +64,7 @@ def memorize(
     last checkpoint it measured.
     """
     from vesalius.report.memorization import memorization_report
-    from vesalius.train.assembly import data_of
-    from vesalius.train.running import recipe_of
+    from vesalius.train.running import data_of_run, recipe_of
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -91,7 +90,7 @@ def memorize(
     command = "vesalius " + shlex.join(sys.argv[1:])
     with Run.start(request, out, fresh, command) as found:
         if not found.done:
-            data = data_of(recipe, screen.note)
+            data = data_of_run(parent, screen.note)
             with screen.step("reading the order of training") as progress:
                 asked = _asked(data, recipe.steps, rows, list(document or []), k, continuation or k, seed, progress)
             found.save_table("sequences", _described(asked, data.tokenizer))

@@ -138,8 +138,9 @@ def _numbers(text: str, kind: Any, option: str) -> list[Any]:
         found = [kind(t) for t in text.split(",")]
     except ValueError:
         raise VesaliusError(f"{option} {text}: give numbers joined by commas") from None
-    if not found or min(found) < 0 or len(set(found)) < len(found):
-        raise VesaliusError(f"{option} {text}: give different numbers, none of them negative")
+    fine = all(0 <= x <= o.MOST_SEED for x in found) and (kind is int or min(found) > 0)
+    if not found or not fine or len(set(found)) < len(found):
+        raise VesaliusError(f"{option} {text}: give different numbers, {'0 or more' if kind is int else 'above 0'}")
     return found
 
 

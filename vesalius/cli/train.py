@@ -14,10 +14,11 @@ import typer
 import yaml
 from rich.progress import BarColumn, Progress, TextColumn
 
+from vesalius import checkpoints
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen, set_threads
 from vesalius.errors import VesaliusError
-from vesalius.runs import Run, find_run
+from vesalius.runs import Run, find_run, folder_of
 
 LINE_SECONDS = 15.0  # between lines of progress where there is no terminal
 RECIPE_PANEL = "Recipe"
@@ -85,6 +86,8 @@ def train(
             raise VesaliusError("--resume goes on with a run as it is; to change it: --branch RUN@step512 --set ...")
         run = _find(resume, roots)
         plan, out = recipe_of(run), run.folder.parent
+        if (wanted := folder_of(run.request, out)) != run.folder:
+            raise VesaliusError(f"{run.folder} was renamed; call it {wanted.name} again to go on with it")
     else:
         plan = _recipe(recipe, preset, branch, changes or [], seed, roots)
     if show:
@@ -140,12 +143,19 @@ def _recipe(
         if recipe or preset:
             raise VesaliusError("--branch takes the recipe of the run it starts from; give what differs with --set")
         match = STEP.fullmatch(branch)
-        if match is None or match["step"] is None:
+        if match is None:
             raise VesaliusError(f"--branch {branch}: name a step, as in {branch.partition('@')[0]}@step512")
         parent = _find(match["run"], roots)
         given = recipe_of(parent).model_dump(mode="json")
-        given["branch"] = {"run": str(parent.folder), "step": int(match["step"])}
-        given["name"] = f"{given['name']}-from-{match['step']}"[:60]
+        if (given["branch"] or {}).get("swap"):
+            raise VesaliusError(
+                f"{parent.folder} is itself a branch with words exchanged; branch from the run it came from"
+            )
+        saved = checkpoints.steps_in(parent.folder / checkpoints.FOLDER)
+        step = int(match["step"]) if match["step"] else max(saved, default=0)
+        checkpoints.check(parent.folder / checkpoints.FOLDER / checkpoints.name_of(step))
+        given["branch"] = {"run": str(parent.folder.resolve()), "step": step}
+        given["name"] = f"{given['name']}-from-{step}"[:60]
         return read_recipe(given, changes)
     if (recipe is None) == (preset is None):
         raise VesaliusError("name a recipe file, or --preset NAME (`vesalius train --list` shows them)")
@@ -154,27 +164,19 @@ def _recipe(
 
 def parse_changes(items: list[str]) -> dict[str, Any]:
     """`KEY=VALUE` texts as dotted keys with YAML values."""
+    from vesalius.train.recipe import read_yaml
+
     found = {}
     for item in items:
         key, sign, text = item.partition("=")
         if not sign or not key.strip():
             raise VesaliusError(f"--set {item}: not of the form KEY=VALUE")
         try:
-            value = yaml.safe_load(text)
+            value = read_yaml(text)
         except yaml.YAMLError:
             raise VesaliusError(f"--set {item}: {text!r} is not a YAML value") from None
-        found[key.strip()] = _number(value)
+        found[key.strip()] = value
     return found
-
-
-def _number(value: Any) -> Any:
-    """YAML reads 1e-3 as text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 class Watching:

@@ -114,6 +114,8 @@ class Viewer:
         """
         if not string:
             raise CorpusError("an empty string is everywhere; give some text to find")
+        if string.encode("utf-8", "replace").decode() != string:
+            raise CorpusError("the text to find is not valid Unicode; give it as UTF-8")
         self._unplaced = 0
         if how == "tokens":
             found = list(self._by_tokens(string))

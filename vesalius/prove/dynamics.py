@@ -192,4 +192,6 @@ def in_context(by_position: Sequence[float] | Floats) -> float:
     n = len(losses)
     early = losses[n // 20 : max(n // 20 + 1, 3 * n // 20)]
     late = losses[min(n - 1, 9 * n // 10) :]
+    if np.isnan(early).all() or np.isnan(late).all():
+        return float("nan")
     return float(np.nanmean(late) - np.nanmean(early))

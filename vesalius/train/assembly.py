@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ class Data:
     def description(self) -> dict[str, Any]:
         """What decides the batches, as JSON."""
         held_out = self.held_out.fingerprint if self.held_out is not None else None
-        return plain({**self.source.describe(), "fingerprint": self.source.fingerprint, "held_out": held_out})
+        tokenizer = tokenizer_sha256(self.tokenizer)
+        told = {"fingerprint": self.source.fingerprint, "held_out": held_out, "tokenizer": tokenizer}
+        return plain({**self.source.describe(), **told})
 
     def viewer(self) -> Viewer:
         """Looks text up in the order; see `vesalius.corpus.Viewer`.
@@ -130,9 +133,9 @@ def data_of(recipe: Recipe, tell: Tell = _silent) -> Data:
     section = recipe.data
     seed = recipe.seed if section.seed is None else section.seed
     if section.synthetic is not None:
-        made = {"rows": section.rows, "length": section.length, "seed": seed, **section.settings}
-        task = synthetic_source(section.synthetic, **made)
-        test = synthetic_source(section.synthetic, **made, split="test")
+        made = partial(synthetic_source, section.synthetic, rows=section.rows, length=section.length, seed=seed)
+        task = _plugged("data.settings", made, section.settings, "rows", "length", "seed", "split", "name", "kind")
+        test = _plugged("data.settings", partial(made, split="test"), section.settings)
         return Data(task, test, symbol_tokenizer(task.vocab_size), None, None)
     names = [section.corpus] if isinstance(section.corpus, str) else list(section.corpus or [])
     stamps = [_stamp(n, tell) for n in names]
@@ -163,6 +166,24 @@ def data_of(recipe: Recipe, tell: Tell = _silent) -> Data:
 def held_out_of(recipe: Recipe, tell: Tell = _silent) -> Source | None:
     """The rows a recipe keeps apart."""
     return data_of(recipe, tell).held_out
+
+
+def _plugged(key: str, make: Callable[..., Any], settings: Mapping[str, Any], *taken: str) -> Any:
+    """What a section of the recipe names, made with its settings; what cannot be is a refusal that names the key.
+
+    Args:
+        key: of the section. make: called with the settings. taken: names that are given by other keys.
+    """
+    for name in taken:
+        if name in settings:
+            raise VesaliusError(f"recipe key {key}.{name} is not a setting: it is given elsewhere; leave it out")
+    try:
+        return make(**settings)
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        given = ", ".join(f"{k}={v!r}" for k, v in settings.items())
+        raise VesaliusError(
+            f"recipe key {key} cannot be ({given[:200]}): {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def _telling(tell: Tell) -> Callable[[str, float | None], None]:
@@ -207,15 +228,26 @@ def _tokenizer(recipe: Recipe, names: list[str], stamps: list[str], tell: Tell) 
     settings = dict(wanted or TOKENIZER)
     key = _hash(settings, names, stamps)
     folder = cache_folder(None) / "tokenizers" / key[:24]
-    if not (folder / "tokenizer.json").exists():
+    if not _sound(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         tell(f"training a tokenizer ({', '.join(f'{k} {v}' for k, v in settings.items())})")
-        made = train_tokenizer(_all(names), **settings)
+        made = _plugged("data.tokenizer", partial(train_tokenizer, _all(names)), settings, "documents")
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         made.save_pretrained(part)
+        (part / "sha256").write_text(tokenizer_sha256(made))
         with contextlib.suppress(OSError):  # another process was first
             part.rename(folder)
         shutil.rmtree(part, ignore_errors=True)
     return AutoTokenizer.from_pretrained(folder), key
+
+
+def _sound(folder: Path) -> bool:
+    """Whether a tokenizer trained earlier is there, and is what was trained."""
+    try:
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return bool(tokenizer_sha256(found) == (folder / "sha256").read_text())
+    except Exception:  # whatever is wrong with the files, they are made again
+        return False
 
 
 def _bytes_per_token(tokens: Tokens | None) -> float | None:
@@ -312,11 +344,31 @@ class Assembly:
 
     def branch(self, trainer: Trainer, folder: Path) -> None:
         """Goes on from another run's checkpoint: all of it if the optimizer is the same, else weights and step."""
+        checkpoints.check(folder)
         note = read_json(folder / checkpoints.NOTE, "branch from another step")
+        if note.get("data", {}).get("tokenizer") != self.description["tokenizer"]:
+            raise VesaliusError(f"{folder} was trained with another tokenizer; give data.tokenizer as that run has it")
         if note.get("recipe", {}).get("optimizer", {}).get("name") == self.optimizer:
             trainer.load(folder, with_settings=False)
         else:
             trainer.load_weights(folder)
+
+
+def _check_rates(settings: Mapping[str, Any]) -> None:
+    """Refuses what torch's own optimizers would meet at their first step."""
+    for name in ("lr", "eps", "weight_decay"):
+        value = settings.get(name, 0.0)
+        if name in settings and (isinstance(value, bool) or not isinstance(value, (int, float, list, tuple))):
+            raise VesaliusError(f"recipe key optimizer.{name} is {value!r}; give a number")
+        if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
+            raise VesaliusError(f"recipe key optimizer.{name} is {value}; give a number of 0 or more")
+    betas = settings.get("betas")
+    if betas is not None:
+        fine = isinstance(betas, (list, tuple)) and len(betas) in (2, 3)
+        if not fine or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
+            raise VesaliusError(
+                f"recipe key optimizer.betas is {betas!r}; give two numbers (Adan three) from 0 to below 1"
+            )
 
 
 def assemble(
@@ -327,7 +379,8 @@ def assemble(
     Raises:
         VesaliusError: naming what does not fit, before the first step.
     """
-    schedule = make_schedule(recipe.schedule.name, recipe.steps, **recipe.schedule.settings)
+    plan = partial(make_schedule, recipe.schedule.name, recipe.steps)
+    schedule = _plugged("schedule", plan, recipe.schedule.settings, "total")
     if world.size > 1 and not world.is_main:  # the main process builds stores and tokenizers; others find them
         world.barrier()
     data = data_of(recipe, tell)
@@ -340,9 +393,12 @@ def assemble(
     elif settings.roles or settings.only or settings.freeze:
         choose(model, settings.roles, settings.only, settings.freeze)
     needs = needs_for(model, data.tokenizer)
-    objective = make_objective(recipe.objective.name, needs, tokenizer=data.tokenizer, **recipe.objective.settings)
+    aim = partial(make_objective, recipe.objective.name, needs, tokenizer=data.tokenizer)
+    objective = _plugged("objective", aim, recipe.objective.settings, "needs", "tokenizer")
     shared = parallelize(model, world, strategy, sequence_parallel=sequence_parallel)
-    optimizer = make_optimizer(recipe.optimizer.name, unwrap(shared), **recipe.optimizer.settings)
+    _check_rates(recipe.optimizer.settings)
+    update = partial(make_optimizer, recipe.optimizer.name, unwrap(shared))
+    optimizer = _plugged("optimizer", update, recipe.optimizer.settings, "model")
     trainer = Trainer(
         shared,
         data.source,

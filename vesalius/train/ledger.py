@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vesalius.train.objectives.base import Sample
+from vesalius.train.objectives.samples import model_inputs
 from vesalius.train.roles import count
 
 WARM_UP = 5  # steps left out of the throughput
@@ -38,7 +39,7 @@ def flops_per_step(model: nn.Module, sample: Sample, **always: Any) -> int:
     was = model.training
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
-        model(**row.inputs, **always)
+        model(**model_inputs(row, model), **always)
     model.train(was)
     return 3 * int(counter.get_total_flops()) * len(sample)
 

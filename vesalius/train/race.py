@@ -58,7 +58,14 @@ class Lap(NamedTuple):
 def learning_rate(recipe: Recipe) -> float:
     """The recipe's learning rate, or its optimizer's default."""
     named = recipe.optimizer
-    return float(named.settings.get("lr") or optimizer_settings(named.name)["lr"])
+    given = named.settings.get("lr")
+    try:
+        rate = float(optimizer_settings(named.name)["lr"] if given is None else given)
+    except (TypeError, ValueError):
+        raise VesaliusError(f"optimizer.lr {given!r} is no number") from None
+    if not 0 < rate < float("inf"):
+        raise VesaliusError(f"optimizer.lr {rate:g} is no learning rate to race with; give one above 0")
+    return rate
 
 
 def seconds_of(text: str) -> float:
@@ -72,7 +79,7 @@ def seconds_of(text: str) -> float:
         number = text.strip().removesuffix(unit)
         if number != text.strip():
             try:
-                if float(number) > 0:
+                if 0 < float(number) < float("inf"):
                     return float(number) * factor
             except ValueError:
                 pass
@@ -175,7 +182,7 @@ def race(
             factor: float, seed: int, arm: Arm = arm, steps: int = steps, speed: float | None = speed
         ) -> tuple[str, Lap]:
             plan = arm.at(factor, seed, steps)
-            key = f"{arm.name} lr {learning_rate(plan):.3g} seed {seed}"
+            key = f"{arm.name} lr {learning_rate(plan):.6g} seed {seed}"
             found = known(key)
             if found is None:
                 tell = (lambda done, total: progress(key, done, total)) if progress else None

@@ -6,6 +6,7 @@ one that was probably meant; what can be checked without data or model is checke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -73,6 +74,8 @@ class DataSection(_Section):
 
     @model_validator(mode="after")
     def _one(self) -> DataSection:
+        if self.corpus is not None and not (self.corpus and all(self.corpus)):
+            raise ValueError("corpus is empty; name one (`vesalius corpora`), a file or a folder")
         if (self.corpus is None) == (self.synthetic is None):
             raise ValueError("give corpus (real text) or synthetic (a task of the suite), one of the two")
         if self.synthetic is not None and self.tokenizer is not None:
@@ -102,10 +105,16 @@ class ParameterSection(_Section):
         merge_lora: checkpoints hold ordinary merged weights (the adapter lies in the trainer's state).
     """
 
-    roles: list[Role] | None = None
-    only: list[str] | None = None
+    roles: list[Role] | None = Field(default=None, min_length=1)
+    only: list[str] | None = Field(default=None, min_length=1)
     freeze: list[str] = []
     lora: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> ParameterSection:
+        if self.lora is not None and (self.roles or self.only or self.freeze):
+            raise ValueError("lora freezes all but its adapters; leave out roles, only and freeze (or target_modules)")
+        return self
 
 
 class CheckpointSection(_Section):
@@ -164,6 +173,14 @@ class Recipe(_Section):
     seed: int = Field(1234, ge=0, lt=2**32)
     deterministic: bool | None = None
 
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if self.branch is not None and self.steps <= self.branch.step:
+            raise ValueError(f"steps {self.steps} ends before the branch begins (step {self.branch.step}); raise steps")
+        if strange := [s for s in self.checkpoints.at if s < 0]:  # those after the end are left out
+            raise ValueError(f"checkpoints.at has step {strange[0]}; steps count from 0")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
@@ -176,6 +193,28 @@ class Recipe(_Section):
     def yaml(self) -> str:
         """The recipe as a file, without what is as it is by default."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number (as in YAML 1.2) and a key stands once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError(f"'{key.value}' stands twice, the second time in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """YAML as recipes are written."""
+    return yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
 
 
 @cache
@@ -215,9 +254,12 @@ def read_recipe(source: str | Path | Mapping[str, Any], changes: Mapping[str, An
         found = _read(Path(source))
     if "preset" in found:
         start = found.pop("preset")
-        if start not in recipes():
+        if not isinstance(start, str) or start not in recipes():
             raise UnknownName("recipe preset", str(start), recipes())
         found = merge({"name": start} | recipes()[start], found)
+    for section in ("objective", "optimizer", "schedule"):  # a change of one of its settings alone means the default
+        if section not in found and any(k.startswith(f"{section}.") for k in changes or {}):
+            found[section] = {"name": Recipe.model_fields[section].default.name}
     for key, value in (changes or {}).items():
         found = merge(found, _nested(key.split("."), value))
     try:
@@ -232,8 +274,8 @@ def _read(path: Path) -> dict[str, Any]:
             raise VesaliusError(f"there is no recipe {path}; `vesalius train --list` shows those that come with it")
         raise UnknownName("recipe", str(path), recipes(), "A file is written with its ending (recipe.yaml).")
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = read_yaml(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise VesaliusError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise VesaliusError(f"{path} holds no recipe: a mapping with the keys {', '.join(Recipe.model_fields)}")
@@ -272,10 +314,10 @@ def _refusal(error: ValidationError, where: str) -> VesaliusError:
             model = next(k for k in options if isinstance(k, type) and issubclass(k, BaseModel))
         inside = f" (in '{'.'.join(path[:-1])}')" if path[:-1] else ""
         return UnknownName("recipe key", path[-1], model.model_fields, f"in {where}{inside}")
-    key = ".".join(path) or "the recipe"
+    key = ".".join(path)
     if first["type"] == "missing":
         return VesaliusError(f"{where} lacks '{key}'")
     message = str(first["msg"]).removeprefix("Value error, ")
     given = first.get("input")
     shown = f", not {given!r}" if isinstance(given, (str, int, float, bool, type(None))) else ""
-    return VesaliusError(f"{where}: {key}: {message[0].lower()}{message[1:]}{shown}")
+    return VesaliusError(f"{where}: {f'{key}: ' if key else ''}{message[0].lower()}{message[1:]}{shown}")

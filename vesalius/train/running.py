@@ -17,8 +17,9 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +31,7 @@ from vesalius import checkpoints
 from vesalius.errors import RunError
 from vesalius.records import plain, versions
 from vesalius.runs import Run, find_run, folder_of
-from vesalius.train.assembly import assemble
+from vesalius.train.assembly import Data, assemble, data_of
 from vesalius.train.ledger import Ledger, flops_per_step, six_n_t
 from vesalius.train.optimizers import state_bytes
 from vesalius.train.parallel import World, unwrap
@@ -125,7 +126,29 @@ def train(
         sitting = _Sitting(run, run.folder, recipe, world, watcher, strategy, sequence_parallel)
         if not (run.done and sitting.finished):
             sitting.go()
+        elif run.has("data.json"):
+            _same_data(run.json("data"), data_of(recipe, watcher.message).description, run.folder)
     return run.folder
+
+
+def data_of_run(run: Run, tell: Callable[[str], None] = lambda text: None) -> Data:
+    """The data a run was trained on.
+
+    Raises:
+        RunError: if the corpus or tokenizer is no longer what it was.
+    """
+    made = data_of(recipe_of(run), tell)
+    if run.has("data.json"):
+        _same_data(run.json("data"), made.description, run.folder)
+    return made
+
+
+def _same_data(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    if any(then.get(k) != v for k, v in plain(now).items()):
+        raise RunError(
+            f"the data of {folder} is no longer what it was trained on (its fingerprint differs); bring back the "
+            "corpus and tokenizer, or start again with --fresh"
+        )
 
 
 class _Sitting:
@@ -171,11 +194,11 @@ class _Sitting:
         self.trainer = made.trainer
         exact = recipe.deterministic if recipe.deterministic is not None else made.trainer.device.type == "cpu"
         self._go_on()
-        with deterministic(exact), _interruptible():
+        with deterministic(exact), _Stop(self.watcher.message) as self.stop:
             self._begin(exact)
             try:
                 self._loop()
-            except (KeyboardInterrupt, RunError):
+            except RunError:  # before the update was made: the weights are those of the step
                 self._keep_rescue()
                 raise
         self._end(exact)
@@ -198,11 +221,7 @@ class _Sitting:
 
     def _same(self, note: dict[str, Any]) -> None:
         now = plain(self._told())
-        if note.get("data") != now["data"]:
-            raise RunError(
-                f"the data of {self.folder} is no longer what it was trained on (its fingerprint differs); bring back "
-                "the corpus and tokenizer, or start again with --fresh"
-            )
+        _same_data(note.get("data", {}), now["data"], self.folder)
         old, new = note.get("versions", {}), now["versions"]
         if changed := [f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]:
             self._note(f"went on with {', '.join(changed)}: equal to rounding, not to the bit")
@@ -283,6 +302,9 @@ class _Sitting:
                 self._keep_rescue()
             elif time.monotonic() - self.shown > SHOW_SECONDS:
                 self._show()
+            if done < recipe.steps and self.world.agree(self.stop.asked):
+                self._keep_rescue()
+                raise KeyboardInterrupt
 
     def _evaluate(self) -> float | None:
         held_out = self.made.held_out
@@ -379,19 +401,26 @@ class _Sitting:
         self._show(tables=False)
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the block like Ctrl-C, so that a checkpoint is kept."""
+class _Stop:
+    """Ctrl-C or SIGTERM inside the block asks for an end after the step, so that a checkpoint of it can be kept.
 
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+    The second one ends the block at once, and no checkpoint is written of a step that may be half made.
+    """
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.asked, self._tell, self._before = False, tell, dict[int, Any]()
+
+    def _signal(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._tell("stopping after this step; once more stops at once")
+
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

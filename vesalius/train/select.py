@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vesalius.errors import PartError, VesaliusError
+from vesalius.errors import PartError, UnknownName, VesaliusError
 from vesalius.model.anatomy import Anatomy, read_anatomy
 from vesalius.parts import parse_part
 from vesalius.train.roles import roles
 
+LORA_SETTINGS = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "fan_in_fan_out",
+)  # fmt: skip
 LORA = "lora:"  # before the name of an adapter's tensor in the trainer's state
 
 
@@ -118,17 +122,21 @@ def add_lora(model: PreTrainedModel, settings: dict[str, Any], seed: int) -> int
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise VesaliusError("LoRA needs peft: pip install 'vesalius[adapters]'") from None
-    known = set(LoraConfig.__dataclass_fields__)
-    if strange := sorted(set(settings) - known):
-        from vesalius.errors import UnknownName
-
-        raise UnknownName("LoRA setting", strange[0], known)
+    if strange := sorted(set(settings) - set(LORA_SETTINGS)):
+        if strange[0] in LoraConfig.__dataclass_fields__:
+            raise VesaliusError(
+                f"parameters.lora: {strange[0]} is not offered, since checkpoints are the merged model; these are: "
+                f"{', '.join(LORA_SETTINGS)}"
+            )
+        raise UnknownName("LoRA setting", strange[0], LORA_SETTINGS)
+    if not isinstance(settings.get("init_lora_weights", True), bool):
+        raise VesaliusError("parameters.lora: init_lora_weights that change the frozen weights are not offered here")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             config = LoraConfig(**({"target_modules": _linear_names(model)} | settings))
             inject_adapter_in_model(config, model)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, NotImplementedError) as error:
             raise VesaliusError(f"parameters.lora: {' '.join(str(error).split())}") from None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
