@@ -17,7 +17,8 @@ import pytest
 
 from vesalius.errors import RunError
 from vesalius.parts import parse
-from vesalius.runs import Run, find_run, list_runs, request_hash
+from vesalius.run_index import find_run, list_runs
+from vesalius.runs import Run, request_hash
 from vesalius.scores import Scores
 
 REQUEST = {

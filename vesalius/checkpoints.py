@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vesalius.errors import RunError
+from vesalius.errors import RunError, VesaliusError
 from vesalius.records import dump, read_json, sha256, why, write_atomic
 
 FOLDER = "steps"  # of a run, holds its checkpoints
@@ -45,6 +45,26 @@ def steps_in(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(m[1]) for p in folder.iterdir() if (m := _STEP.fullmatch(p.name)) and (p / MANIFEST).exists())
+
+
+def chosen(folder: Path, text: str) -> list[int]:
+    """The saved steps that a text means: `all`, `last`, or numbers such as `0,64,step512`.
+
+    Raises:
+        VesaliusError: if it is none of these, or such a step was not saved.
+    """
+    known = steps_in(folder)
+    if not known:
+        raise RunError(f"{folder.parent} has no checkpoints yet")
+    if text in ("all", "last"):
+        return known if text == "all" else known[-1:]
+    try:
+        wanted = sorted({int(t.strip().removeprefix("step")) for t in text.split(",")})
+    except ValueError:
+        raise VesaliusError(f"'{text}' names no steps: give all, last, or numbers such as 0,64,512") from None
+    if lacking := [s for s in wanted if s not in known]:
+        raise RunError(f"{folder.parent} has no checkpoint of step {lacking[0]}; it has {', '.join(map(str, known))}")
+    return wanted
 
 
 def write(folder: Path, fill: Callable[[Path], object], remedy: str = "free some space") -> Path:

@@ -259,7 +259,7 @@ def test_a_race_reports_every_run_and_judges_as_training_does(recipe: Path, tmp_
     assert "two or more different" in vesalius("race", recipe, "--optimizers", "adamw").error
     assert "unknown optimizer 'adm'" in vesalius("race", recipe, "--optimizers", "adm,adan").error
     far = vesalius("race", recipe, "--optimizers", "adamw,adan", "--compute-class", "5 parsecs")
-    assert "'5 parsecs' is no time" in far.error
+    assert "'5 parsecs' is no compute class" in far.error
 
 
 def test_dynamics_agree_with_circuit(whole: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_another_checkpoint_is_a_predictor(trained: Any):
 def test_refusals(trained: Any):
     for more, told in (
         (["--steps", "20,21"], "no checkpoint of step 21; it has 0, 20, 40, 60"),
-        (["--steps", "some"], "give 'all' or numbers"),
+        (["--steps", "some"], "give all, last, or numbers"),
         (["--k", "40"], "lower --k"),
         (["--document", "canry-0"], "unknown document"),
         (["--against", "nowhere"], "nowhere"),

@@ -97,7 +97,7 @@ def _memory(error: BaseException) -> str:
     from vesalius.model.memory import memory_errors
 
     try:
-        with memory_errors():
+        with memory_errors("ask for less at once (this command's --help), or close other programs"):
             raise error
     except OutOfMemory as found:
         return str(found)

@@ -15,7 +15,8 @@ import typer
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen
 from vesalius.errors import VesaliusError
-from vesalius.runs import DEFAULT_ROOT, Run, find_run
+from vesalius.run_index import find_run
+from vesalius.runs import DEFAULT_ROOT, Run
 from vesalius.scores import Scores
 
 TOP = 10

@@ -10,7 +10,7 @@ import typer
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen
 from vesalius.errors import VesaliusError
-from vesalius.runs import find_run
+from vesalius.run_index import find_run
 
 
 def register(app: typer.Typer) -> None:

@@ -12,9 +12,9 @@ import typer
 from vesalius import checkpoints
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen, set_threads
-from vesalius.errors import RunError, VesaliusError
 from vesalius.find.base import METHODS
-from vesalius.runs import Run, find_run
+from vesalius.run_index import find_run
+from vesalius.runs import Run
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +55,7 @@ def dynamics(
     METHODS.entry(method)
     parent = find_run(run)
     recipe = recipe_of(parent)
-    chosen = _steps(parent, steps)
+    chosen = checkpoints.chosen(parent.folder / checkpoints.FOLDER, steps)
     made = None if task == "none" else o.task_of(task, n, seed, task_set, default_n=32)
     request = {
         "command": "dynamics",
@@ -118,21 +118,6 @@ def dynamics(
             found.save_json("summary", summary | story(numbers, heads))
     dynamics_report(found)
     _show(screen, found)
-
-
-def _steps(run: Run, text: str) -> list[int]:
-    known = checkpoints.steps_in(run.folder / checkpoints.FOLDER)
-    if not known:
-        raise RunError(f"{run.folder} has no checkpoints yet")
-    if text == "all":
-        return known
-    try:
-        wanted = sorted({int(t) for t in text.split(",")})
-    except ValueError:
-        raise VesaliusError(f"--steps {text}: give 'all' or numbers such as 0,64,512") from None
-    if lacking := [s for s in wanted if s not in known]:
-        raise RunError(f"{run.folder} has no checkpoint of step {lacking[0]}; it has {', '.join(map(str, known))}")
-    return wanted
 
 
 def story(numbers: pd.DataFrame, heads: pd.DataFrame) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def methods(seed: o.NoSeed = 0, out: o.NoOut = None, as_json: o.AsJson = False) 
 
 def runs(seed: o.NoSeed = 0, out: o.Out = None, as_json: o.AsJson = False) -> None:
     """The runs in a folder (./runs by default), the latest first."""
-    from vesalius.runs import DEFAULT_ROOT, list_runs
+    from vesalius.run_index import list_runs
+    from vesalius.runs import DEFAULT_ROOT
 
     root = out or DEFAULT_ROOT
     if root.exists() and not root.is_dir():
@@ -147,7 +148,8 @@ def report(
     """Draw a run's report again from what it recorded, and say where it is."""
     from vesalius.errors import UnknownName
     from vesalius.report import report as draw
-    from vesalius.runs import DEFAULT_ROOT, find_run
+    from vesalius.run_index import find_run
+    from vesalius.runs import DEFAULT_ROOT
 
     found = find_run(run, [out or DEFAULT_ROOT])
     if not found.has("summary"):

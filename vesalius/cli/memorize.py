@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from dataclasses import asdict
@@ -15,8 +14,10 @@ import typer
 from vesalius import checkpoints
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen, set_threads
-from vesalius.errors import RunError, VesaliusError
-from vesalius.runs import Run, find_run
+from vesalius.errors import VesaliusError
+from vesalius.model.sources.spec import STEP
+from vesalius.run_index import find_run
+from vesalius.runs import Run
 
 EARLY = 0.6  # share of the training after which forecasts are judged: the sheet's claim is for 50 to 60 %
 
@@ -102,31 +103,17 @@ def memorize(
 
 
 def _steps(run: Run, text: str, target: str) -> tuple[list[int], int]:
-    known = checkpoints.steps_in(run.folder / checkpoints.FOLDER)
-    if not known:
-        raise RunError(f"{run.folder} has no checkpoints yet")
-    try:
-        final = known[-1] if target == "last" else int(target.removeprefix("step"))
-        wanted = known if text == "all" else sorted({int(t) for t in text.split(",")})
-    except ValueError:
-        raise VesaliusError(
-            f"--steps {text} --target {target}: give 'all' or numbers such as 0,64,512, and 'last' or a step"
-        ) from None
-    if lacking := [s for s in [*wanted, final] if s not in known]:
-        raise RunError(f"{run.folder} has no checkpoint of step {lacking[0]}; it has {', '.join(map(str, known))}")
-    return sorted({s for s in wanted if s <= final} | {final}), final
+    """The checkpoints to measure, none after the target, and the target."""
+    place = run.folder / checkpoints.FOLDER
+    final = checkpoints.chosen(place, target)[-1]
+    return sorted({s for s in checkpoints.chosen(place, text) if s <= final} | {final}), final
 
 
 def _other(text: str) -> tuple[str, Run, int]:
     """A predictor: its name, its run and its step."""
-    split = re.fullmatch(r"(?P<run>.+)@(?:step(?P<step>\d+)|last)", text)
+    split = STEP.fullmatch(text)
     run = find_run(split["run"] if split else text)
-    known = checkpoints.steps_in(run.folder / checkpoints.FOLDER)
-    if not known:
-        raise RunError(f"{run.folder} has no checkpoints yet")
-    step = int(split["step"]) if split and split["step"] else known[-1]
-    if step not in known:
-        raise RunError(f"{run.folder} has no checkpoint of step {step}; it has {', '.join(map(str, known))}")
+    step = checkpoints.chosen(run.folder / checkpoints.FOLDER, (split["step"] if split else None) or "last")[-1]
     return f"{run.request.get('model', run.name)} step {step}", run, step
 
 

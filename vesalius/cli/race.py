@@ -58,11 +58,12 @@ def race(
     """
     from vesalius.report import race_report
     from vesalius.train import race as r
+    from vesalius.train.curves import compute_class as compute_of
     from vesalius.train.recipe import read_recipe
 
     screen = Screen(as_json)
     set_threads(threads)
-    seconds = r.seconds_of(compute_class) if compute_class else None
+    seconds = compute_of(compute_class) if compute_class else None
     factors, drawn = _numbers(grid, float, "--grid"), _numbers(seeds, int, "--seeds")
     base = read_recipe(recipe, parse_changes(changes or []))
     arms = [
@@ -103,7 +104,7 @@ def _run(screen: Screen, run: Run, arms: Any, seeds: list[int], seconds: float |
 
     def speed(arm: Any) -> float:
         if arm.name not in speeds:
-            speeds[arm.name] = r.throughput(arm.recipe)
+            speeds[arm.name] = r.speed_of(arm.recipe)
             run.save_json("speeds", speeds)
         return speeds[arm.name]
 

@@ -18,7 +18,8 @@ from vesalius import checkpoints
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen, set_threads
 from vesalius.errors import VesaliusError
-from vesalius.runs import Run, find_run, folder_of
+from vesalius.run_index import find_run
+from vesalius.runs import Run, folder_of
 
 LINE_SECONDS = 15.0  # between lines of progress where there is no terminal
 RECIPE_PANEL = "Recipe"

@@ -27,7 +27,8 @@ from vesalius.evaluate.forecast import Forecast, forecast
 from vesalius.evaluate.recite import recite
 from vesalius.evaluate.sequences import Progress, Sequences
 from vesalius.model import Model
-from vesalius.runs import Run, find_run
+from vesalius.run_index import find_run
+from vesalius.runs import Run
 
 LEAST_EXPECTED = 5.0  # memorized sequences a stretch of the order should hold, for the chi-square to be one
 MOST_STRETCHES = 50
@@ -149,13 +150,17 @@ def histogram(table: pd.DataFrame, bins: int = 16) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "group", "low", "high", "n", "share"])
 
 
-def wilson(successes: ArrayLike, n: ArrayLike, z: float = 1.959964) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def wilson(successes: ArrayLike, n: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Wilson's 95 % interval of a share."""
-    k, m = np.asarray(successes, dtype=float), np.asarray(n, dtype=float)
-    p = k / m
-    centre = (p + z**2 / (2 * m)) / (1 + z**2 / m)
-    half = z / (1 + z**2 / m) * np.sqrt(p * (1 - p) / m + z**2 / (4 * m**2))
-    return np.where(k == 0, 0.0, centre - half), np.where(k == m, 1.0, centre + half)
+    from scipy.stats import binomtest
+
+    k, m = np.broadcast_arrays(np.asarray(successes, dtype=int), np.asarray(n, dtype=int))
+    found = [
+        binomtest(int(a), int(b)).proportion_ci(0.95, "wilson") if b else (np.nan, np.nan)
+        for a, b in zip(k.flat, m.flat, strict=True)
+    ]
+    both = np.array([tuple(f) for f in found], dtype=float).reshape(*k.shape, 2)
+    return both[..., 0], both[..., 1]
 
 
 @dataclass(frozen=True)

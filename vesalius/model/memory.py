@@ -9,20 +9,26 @@ import torch
 
 from vesalius.errors import OutOfMemory
 
+PROMPTS = "lower --n (prompts), --memory (working memory in GiB) or use --dtype bfloat16"
+
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns the allocators' out-of-memory errors into `OutOfMemory`, which says what to lower."""
+def memory_errors(remedy: str = PROMPTS) -> Iterator[None]:
+    """Turns the allocators' out-of-memory errors into `OutOfMemory`, which says what to lower.
+
+    Args:
+        remedy: what makes the work inside smaller.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(_advice(error)) from error
+        raise OutOfMemory(f"{_told(error)}; {remedy}") from error
     except RuntimeError as error:
         if "allocate memory" not in str(error) and "out of memory" not in str(error):
             raise
-        raise OutOfMemory(_advice(error)) from error
+        raise OutOfMemory(f"{_told(error)}; {remedy}") from error
 
 
-def _advice(error: BaseException) -> str:
+def _told(error: BaseException) -> str:
     first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-    return f"out of memory ({first}); lower --n (prompts), --memory (working memory in GiB) or use --dtype bfloat16"
+    return f"out of memory ({first})"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from vesalius import checkpoints
 from vesalius.build import Architecture, build, preset
 from vesalius.corpus.batches import Source
-from vesalius.corpus.documents import Document
+from vesalius.corpus.documents import CorpusError, Document
 from vesalius.corpus.order import Order
 from vesalius.corpus.rewrite import Rewritten
 from vesalius.corpus.sources import catalogue, documents, fetch
@@ -34,7 +32,7 @@ from vesalius.errors import UnknownName, VesaliusError
 from vesalius.model.sources import load, resolve
 from vesalius.model.sources.cache import Cache, cache_folder
 from vesalius.model.sources.hashing import remembered_sha256
-from vesalius.records import plain, read_json
+from vesalius.records import plain, read_json, request_hash
 from vesalius.train.objectives import make_objective
 from vesalius.train.objectives.special import needs_for
 from vesalius.train.optimizers import make_optimizer
@@ -70,7 +68,7 @@ class Data:
     store: Tokens | None
     bytes_per_token: float | None
 
-    @property
+    @cached_property
     def description(self) -> dict[str, Any]:
         """What decides the batches, as JSON."""
         held_out = self.held_out.fingerprint if self.held_out is not None else None
@@ -142,14 +140,16 @@ def data_of(recipe: Recipe, tell: Tell = _silent) -> Data:
     tokenizer, made_of = _tokenizer(recipe, names, stamps, tell)
     inputs = _hash(names, stamps, section.deduplicate)
     folder = cache_folder(None) / "stores" / _hash(inputs, made_of, FORMAT)[:24]
-    store = TokenStore.build(
-        _all(names),
-        tokenizer,
-        folder,
-        deduplicate=section.deduplicate,
-        inputs=inputs,
-        progress=_telling(tell),
+    build_store = partial(
+        TokenStore.build, tokenizer=tokenizer, folder=folder, deduplicate=section.deduplicate, inputs=inputs
     )
+    try:
+        store = build_store(_all(names), progress=_telling(tell))
+    except CorpusError as problem:
+        if not folder.exists():
+            raise
+        tell(f"{problem}: making it anew")  # what lies in the cache is damaged; what it is made of vouches for it
+        store = build_store(_all(names), progress=_telling(tell), overwrite=True)
     if not section.held_out:
         train: Tokens = store
         kept = None
@@ -161,11 +161,6 @@ def data_of(recipe: Recipe, tell: Tell = _silent) -> Data:
     if recipe.branch is not None and recipe.branch.swap:
         read = source.rewritten(recipe.branch.step, words=recipe.branch.swap)
     return Data(read, held_out, tokenizer, train, _bytes_per_token(kept))
-
-
-def held_out_of(recipe: Recipe, tell: Tell = _silent) -> Source | None:
-    """The rows a recipe keeps apart."""
-    return data_of(recipe, tell).held_out
 
 
 def _plugged(key: str, make: Callable[..., Any], settings: Mapping[str, Any], *taken: str) -> Any:
@@ -191,7 +186,7 @@ def _telling(tell: Tell) -> Callable[[str, float | None], None]:
 
 
 def _hash(*things: Any) -> str:
-    return hashlib.sha256(json.dumps(plain(list(things)), sort_keys=True).encode()).hexdigest()
+    return request_hash({"of": list(things)})
 
 
 def _all(names: list[str]) -> Iterator[Document]:
@@ -319,8 +314,13 @@ class Assembly:
 
     trainer: Trainer
     data: Data
-    lineage: dict[str, Any]
-    optimizer: str
+    recipe: Recipe
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """Where a branch comes from; empty for a run of its own."""
+        branch = self.recipe.branch
+        return {} if branch is None else {"parent": branch.run, "step": branch.step}
 
     @property
     def tokenizer(self) -> Any:
@@ -335,7 +335,7 @@ class Assembly:
     @property
     def bytes_per_token(self) -> float | None:
         """For bits per byte; None where the loss is not over all tokens of a text."""
-        return self.data.bytes_per_token if self.trainer.objective_name in ("causal-lm", "full-lm") else None
+        return self.data.bytes_per_token if self.recipe.objective.name in ("causal-lm", "full-lm") else None
 
     @property
     def description(self) -> dict[str, Any]:
@@ -348,7 +348,7 @@ class Assembly:
         note = read_json(folder / checkpoints.NOTE, "branch from another step")
         if note.get("data", {}).get("tokenizer") != self.description["tokenizer"]:
             raise VesaliusError(f"{folder} was trained with another tokenizer; give data.tokenizer as that run has it")
-        if note.get("recipe", {}).get("optimizer", {}).get("name") == self.optimizer:
+        if note.get("recipe", {}).get("optimizer", {}).get("name") == self.recipe.optimizer.name:
             trainer.load(folder, with_settings=False)
         else:
             trainer.load_weights(folder)
@@ -411,8 +411,4 @@ def assemble(
         precision=recipe.precision,
         world=world,
     )
-    trainer.objective_name = recipe.objective.name
-    lineage: dict[str, Any] = {}
-    if recipe.branch is not None:
-        lineage = {"parent": recipe.branch.run, "step": recipe.branch.step}
-    return Assembly(trainer, data, lineage, recipe.optimizer.name)
+    return Assembly(trainer, data, recipe)

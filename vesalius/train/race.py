@@ -10,7 +10,6 @@ steps. Every run is reported, lost ones too.
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,16 +20,15 @@ import pandas as pd
 
 from vesalius.errors import RunError, VesaliusError
 from vesalius.train.assembly import assemble
-from vesalius.train.curves import steps_for
+from vesalius.train.curves import steps_for, throughput
 from vesalius.train.optimizers import settings as optimizer_settings
 from vesalius.train.optimizers import state_bytes
 from vesalius.train.parallel import World
 from vesalius.train.recipe import Recipe
-from vesalius.train.trainer import deterministic
+from vesalius.train.trainer import deterministic, is_exact
 
 WARM_UP, ROUNDS = 5, 15  # steps before and while throughput is measured, as Languini does
 POINTS = 100  # of a stored curve
-CLASSES = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
 @dataclass(frozen=True)
@@ -68,40 +66,20 @@ def learning_rate(recipe: Recipe) -> float:
     return rate
 
 
-def seconds_of(text: str) -> float:
-    """A compute class in seconds.
-
-    Example:
-        >>> seconds_of("2min"), seconds_of("6h"), seconds_of("30s")
-        (120.0, 21600.0, 30.0)
-    """
-    for unit, factor in CLASSES.items():
-        number = text.strip().removesuffix(unit)
-        if number != text.strip():
-            try:
-                if 0 < float(number) < float("inf"):
-                    return float(number) * factor
-            except ValueError:
-                pass
-    raise VesaliusError(f"compute class '{text}' is no time; give one such as 30s, 2min or 6h")
-
-
-def throughput(recipe: Recipe) -> float:
-    """Tokens a second of the recipe's own training step: median of 15 rounds after 5 (fewer for steps over 2 s)."""
+def speed_of(recipe: Recipe) -> float:
+    """Tokens a second of the recipe's own training step: median of 15 rounds after 5 (3 at least, of 40 seconds)."""
     made = assemble(recipe, World.single())
-    trainer = made.trainer
-    trainer.model.train()
-    speeds = []
+    logs = []
     began = time.perf_counter()
-    for i in range(WARM_UP + ROUNDS):
-        log = trainer.step()
-        if i >= WARM_UP:
-            speeds.append(log.tokens / log.seconds)
-        if len(speeds) >= 3 and time.perf_counter() - began > 40:
-            break
-    del made, trainer
+    with deterministic(is_exact(recipe.deterministic, made.trainer.device)):
+        for log in made.trainer.steps(WARM_UP + ROUNDS):
+            logs.append(log)
+            if len(logs) >= WARM_UP + 3 and time.perf_counter() - began > 40:
+                break
+    found = throughput([log.tokens for log in logs], [log.seconds for log in logs], WARM_UP)
+    del made
     gc.collect()
-    return statistics.median(speeds)
+    return found.median
 
 
 def lap(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> Lap:
@@ -112,8 +90,7 @@ def lap(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> L
     tokens = 0
     began = time.perf_counter()
     error = ""
-    exact = recipe.deterministic if recipe.deterministic is not None else trainer.device.type == "cpu"
-    with deterministic(exact):
+    with deterministic(is_exact(recipe.deterministic, trainer.device)):
         try:
             for log in trainer.steps(recipe.steps):
                 losses.append(log.loss)
@@ -165,12 +142,12 @@ def race(
         arms: who runs. seeds: the first one tunes.
         seconds: compute class of one run; None for the recipe's steps.
         known: laps an earlier sitting finished, by key. progress: told (key, steps made, steps).
-        speeds: measured tokens a second of an arm, if not `throughput`.
+        speeds: measured tokens a second of an arm, if not `speed_of`.
 
     Yields:
-        Laps in order; `row` has arm, lr, factor, seed, tuned (whether it is the lap of the grid's best learning rate).
+        Laps in order; `row` has arm, lr, factor and seed beside what was measured.
     """
-    measure = speeds or (lambda arm: throughput(arm.recipe))
+    measure = speeds or (lambda arm: speed_of(arm.recipe))
     for arm in arms:
         speed = None
         steps = arm.recipe.steps

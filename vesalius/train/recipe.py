@@ -101,8 +101,8 @@ class ParameterSection(_Section):
     Attributes:
         roles: only these roles (embedding, head, matrix, vector). only / freeze: name patterns (`*.layers.3.*`), or
             part addresses (`L3`, `L3.MLP`, `L3.attn`).
-        lora: settings of peft's LoraConfig, such as `{r: 8, lora_alpha: 16}`.
-        merge_lora: checkpoints hold ordinary merged weights (the adapter lies in the trainer's state).
+        lora: settings of peft's LoraConfig, such as `{r: 8, lora_alpha: 16}`. Checkpoints hold ordinary merged weights;
+            the adapters themselves lie in the trainer's state.
     """
 
     roles: list[Role] | None = Field(default=None, min_length=1)

@@ -15,6 +15,7 @@ when the run is interrupted; it goes when the next scheduled one is there.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import signal
 import threading
@@ -30,14 +31,15 @@ import torch
 from vesalius import checkpoints
 from vesalius.errors import RunError
 from vesalius.records import plain, versions
-from vesalius.runs import Run, find_run, folder_of
+from vesalius.run_index import find_run
+from vesalius.runs import Run, folder_of
 from vesalius.train.assembly import Data, assemble, data_of
 from vesalius.train.ledger import Ledger, flops_per_step, six_n_t
 from vesalius.train.optimizers import state_bytes
 from vesalius.train.parallel import World, unwrap
 from vesalius.train.recipe import Recipe
 from vesalius.train.schedules import checkpoint_steps
-from vesalius.train.trainer import StepLog, deterministic
+from vesalius.train.trainer import StepLog, deterministic, is_exact
 
 RESCUE_SECONDS = 600.0
 SHOW_SECONDS = 20.0  # between two drawings of the live curve
@@ -114,17 +116,15 @@ def train(
     world, watcher = world or World.single(), watcher or Silent()
     request = request_of(recipe)
     if not world.is_main:
-        world.barrier()  # the main process has the run's folder now
         sitting = _Sitting(None, folder_of(request, out), recipe, world, watcher, strategy, sequence_parallel)
-        if not sitting.finished:
+        if world.agree(False):  # waits for the main process, which has the run's folder then and decides
             sitting.go()
         return sitting.folder
     with Run.start(request, out, fresh, command_line) as run:
         if fresh:
             shutil.rmtree(run.folder / checkpoints.FOLDER, ignore_errors=True)
-        world.barrier()
         sitting = _Sitting(run, run.folder, recipe, world, watcher, strategy, sequence_parallel)
-        if not (run.done and sitting.finished):
+        if world.agree(not (run.done and sitting.finished)):
             sitting.go()
         elif run.has("data.json"):
             _same_data(run.json("data"), data_of(recipe, watcher.message).description, run.folder)
@@ -192,7 +192,7 @@ class _Sitting:
         made = assemble(recipe, self.world, self.watcher.message, self.strategy, self.sequence_parallel)
         self.made = made
         self.trainer = made.trainer
-        exact = recipe.deterministic if recipe.deterministic is not None else made.trainer.device.type == "cpu"
+        exact = is_exact(recipe.deterministic, made.trainer.device)
         self._go_on()
         with deterministic(exact), _Stop(self.watcher.message) as self.stop:
             self._begin(exact)
@@ -313,7 +313,7 @@ class _Sitting:
         found = self.trainer.evaluate(held_out, self.recipe.evaluate.batches)
         row = {"step": self.trainer.done, **found}
         if self.made.bytes_per_token:
-            row["bits_per_byte"] = found["loss"] / 0.6931471805599453 / self.made.bytes_per_token
+            row["bits_per_byte"] = found["loss"] / math.log(2) / self.made.bytes_per_token
         self.evaluation.append(row)
         return found["loss"]
 

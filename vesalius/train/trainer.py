@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -26,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from vesalius import checkpoints
 from vesalius.corpus.batches import Source
 from vesalius.errors import RunError, VesaliusError
+from vesalius.model.memory import memory_errors
 from vesalius.model.sources.quiet import quiet_transformers
 from vesalius.records import dump, read_json
 from vesalius.train.carry import CARRIED, Carry
@@ -35,6 +37,7 @@ from vesalius.train.parallel import World, clip_grad_norm, gather_state, load_st
 from vesalius.train.select import LORA, has_lora, plain_state
 
 Precision = Literal["float32", "bfloat16", "float16"]
+TOO_MUCH = "raise accumulate (the same step in smaller parts), or lower data.rows, data.length or the model's sizes"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ def deterministic(on: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def is_exact(wanted: bool | None, device: torch.device) -> bool:
+    """Whether to train deterministically: as asked; if nothing is asked, on a CPU."""
+    return wanted if wanted is not None else device.type == "cpu"
 
 
 class Trainer:
@@ -112,7 +120,6 @@ class Trainer:
         self.seed, self.accumulate, self.clip, self.precision = seed, accumulate, clip, precision
         self.world = world or World.single()
         self.done = 0  # updates made
-        self.objective_name = ""  # as it is registered, where the trainer was made by a recipe
         self.device = next(model.parameters()).device
         for group in optimizer.param_groups:
             group.setdefault("peak_lr", group["lr"])
@@ -163,7 +170,8 @@ class Trainer:
         factor = self.schedule(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        sums, whole = self.gradients(step)
+        with memory_errors(TOO_MUCH):
+            sums, whole = self.gradients(step)
         count = whole.count()
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
@@ -195,7 +203,8 @@ class Trainer:
         return self.objective.loss(self.model(**inputs, **self.always, **state), micro)
 
     def _seed(self, step: int, micro: int) -> None:
-        number = hash_of(self.seed, step, self.world.data_rank, micro)
+        mixed = np.random.SeedSequence([self.seed, step, self.world.data_rank, micro])
+        number = int(mixed.generate_state(1, np.uint64)[0])
         torch.default_generator.manual_seed(number)  # `torch.manual_seed` asks every kind of device: 1 ms a step
         if self.device.type == "cuda":
             torch.cuda.manual_seed(number)
@@ -322,12 +331,3 @@ def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """The settings of each parameter group, as JSON."""
     kinds = (int, float, str, bool, type(None), tuple, list)
     return [{k: v for k, v in g.items() if k != "params" and isinstance(v, kinds)} for g in optimizer.param_groups]
-
-
-def hash_of(*numbers: int) -> int:
-    """One 63-bit number out of several, well mixed (FNV-1a over their bytes)."""
-    value = 0xCBF29CE484222325
-    for number in numbers:
-        for byte in int(number).to_bytes(8, "little", signed=True):
-            value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-    return value >> 1

@@ -16,7 +16,7 @@ from vesalius.model.sources.catalogue import KEY_DIGITS, Entry, catalogue
 from vesalius.model.sources.hashing import remembered_sha256
 from vesalius.model.sources.located import Located, Progress, silent
 from vesalius.model.sources.spec import Folder, Gguf, Hub, Step, Wheel, exists, parse
-from vesalius.runs import find_run
+from vesalius.run_index import find_run
 
 
 def resolve(
