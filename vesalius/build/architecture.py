@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vesalius.errors import UnknownName, VesaliusError
 
 Kind = Literal["causal", "masked", "encoder-decoder"]
+Side = Literal["encoder", "decoder"]
 _ITEM = re.compile(r"\[(?P<list>[^\[\]]+)\](?:\*(?P<times>\d+))?|(?P<name>[\w-]+)(?:\*(?P<repeat>\d+))?")
 
 
@@ -87,12 +88,14 @@ class Architecture(Section):
     """A model's shape and parts.
 
     Attributes:
-        kind: `causal`, `masked`, or `encoder-decoder` (T5's stock class only).
+        kind: `causal`, `masked`, or `encoder-decoder` (its encoder reads both ways, its decoder reads the past and, in
+            every layer, the encoder).
         layers: blocks (of the decoder). encoder_layers: blocks of the encoder, `layers` if not given.
         d_model, heads, kv_heads, d_head, d_ff: widths; by default kv_heads = heads, d_head = d_model / heads and
             d_ff = 4 d_model.
         vocab_size; max_length: positions that exist (`learned`) or that the model is meant for.
         mixers: what mixes positions, by layer: `attn`, `attn*12`, `[qlstm,attn]*4`, or a list.
+        encoder_mixers: those of an encoder-decoder's encoder, `mixers` if not given.
         mixer_options: settings of a mixer by its name, such as {"qlstm": {"block": 16}}.
         feed_forward: a name of `FEEDFORWARDS`.
         block: `sequential`; `parallel` (GPT-NeoX: mixer and feed-forward read the same stream, each with its norm);
@@ -124,6 +127,7 @@ class Architecture(Section):
     vocab_size: int = Field(ge=2)
     max_length: int = Field(ge=1)
     mixers: str | tuple[str, ...] = "attn"
+    encoder_mixers: str | tuple[str, ...] | None = None
     mixer_options: dict[str, dict[str, Any]] = {}
     feed_forward: str = "gelu"
     block: Literal["sequential", "parallel", "parallel-shared"] = "sequential"
@@ -166,14 +170,25 @@ class Architecture(Section):
             raise VesaliusError(
                 f"mixers={self.mixers!r} describes {len(self.stack)} layers but layers={self.layers}; make them agree"
             )
+        reading = self.encoder_stack
+        if reading and len(reading) != self.encoder_depth:
+            key = "mixers" if self.encoder_mixers is None else "encoder_mixers"
+            raise VesaliusError(
+                f"{key}={getattr(self, key)!r} describes {len(reading)} layers but the encoder has "
+                f"{self.encoder_depth}; give encoder_mixers for encoder_layers={self.encoder_depth}"
+            )
         FEEDFORWARDS.entry(self.feed_forward)
         INITS.entry(self.init)
-        for name in sorted({*self.stack, *self.mixer_options}):
+        for name in sorted({*self.stack, *reading, *self.mixer_options}):
             mixer = MIXERS.get(name)
             mixer.Options(**self.mixer_options.get(name, {}))
             if self.kind == "masked" and not mixer.bidirectional:
                 raise VesaliusError(f"mixer '{name}' reads the past only, so kind='masked' cannot use it; use 'attn'")
-            if self.kind != "masked" and not mixer.causal:
+            if name in reading and not mixer.bidirectional:
+                raise VesaliusError(
+                    f"mixer '{name}' reads the past only, so the encoder cannot use it; give encoder_mixers='attn'"
+                )
+            if self.kind != "masked" and not mixer.causal and (name in self.stack or name not in reading):
                 raise VesaliusError(f"mixer '{name}' sees the future, so kind='{self.kind}' cannot use it; use 'attn'")
         turning = self.rotary_dims
         if self.positions.kind == "rotary" and (turning < 2 or turning % 2):
@@ -183,16 +198,21 @@ class Architecture(Section):
             )
         if self.norm.place == "post" and self.block != "sequential":
             raise VesaliusError(f"norm.place='post' needs block='sequential', not '{self.block}'; change one of them")
-        if self.encoder_layers is not None and self.kind != "encoder-decoder":
-            raise VesaliusError(f"encoder_layers={self.encoder_layers} needs kind='encoder-decoder'; drop it")
+        for key in ("encoder_layers", "encoder_mixers"):
+            if getattr(self, key) is not None and self.kind != "encoder-decoder":
+                raise VesaliusError(f"{key}={getattr(self, key)!r} needs kind='encoder-decoder'; drop it")
         if self.head == "transform" and self.kind != "masked":
             raise VesaliusError(f"head='transform' needs kind='masked', not '{self.kind}'; use head='linear'")
-        if self.kind == "encoder-decoder":
-            from vesalius.build.stock import why_not
-
-            reasons = why_not(self)["T5"]
-            if reasons:
-                raise VesaliusError(f"kind='encoder-decoder' is built as T5 only: {'; '.join(reasons)}")
+        if self.kind == "encoder-decoder" and self.block != "sequential":
+            raise VesaliusError(
+                f"block='{self.block}' has no place for cross-attention, so kind='encoder-decoder' cannot use it; use "
+                "block='sequential'"
+            )
+        if self.kind == "encoder-decoder" and self.token_types:
+            raise VesaliusError(
+                f"token_types={self.token_types} needs kind='causal' or 'masked': the two texts of an encoder-decoder "
+                "have a stack each; use token_types=0"
+            )
 
     # -- derived -----------------------------------------------------------------------------------------------------
 
@@ -200,6 +220,41 @@ class Architecture(Section):
     def stack(self) -> tuple[str, ...]:
         """The mixer of every layer, in order."""
         return expand(self.mixers, self.layers)
+
+    @property
+    def encoder_depth(self) -> int:
+        """Blocks of an encoder-decoder's encoder."""
+        return self.encoder_layers or self.layers
+
+    @property
+    def encoder_stack(self) -> tuple[str, ...]:
+        """The mixer of every layer of the encoder, in order; empty for other kinds."""
+        if self.kind != "encoder-decoder":
+            return ()
+        return expand(self.mixers if self.encoder_mixers is None else self.encoder_mixers, self.encoder_depth)
+
+    @property
+    def scaled_scores(self) -> bool:
+        """Whether attention divides its scores by sqrt(d_head): unless mixer_options say, all but T5 does."""
+        said = self.mixer_options.get("attn", {}).get("scaled")
+        return not (self.kind == "encoder-decoder" and self.positions.kind == "t5") if said is None else bool(said)
+
+    def side(self, which: Side) -> Architecture:
+        """One stack of an encoder-decoder as an architecture of its own: a masked or a causal model of its parts.
+
+        Example:
+            >>> Architecture(
+            ...     kind="encoder-decoder", layers=3, encoder_layers=2, d_model=8, heads=2, vocab_size=9, max_length=8
+            ... ).side("encoder").layers
+            2
+        """
+        stack = self.encoder_stack if which == "encoder" else self.stack
+        options = {name: chosen for name, chosen in self.mixer_options.items() if name in stack}
+        options["attn"] = {**self.mixer_options.get("attn", {}), "scaled": self.scaled_scores}
+        none = {"encoder_layers": None, "encoder_mixers": None}
+        kind = "masked" if which == "encoder" else "causal"
+        changes = {"kind": kind, "layers": len(stack), "mixers": stack, "mixer_options": options, **none}
+        return Architecture(**{**self.to_dict(), **changes})
 
     @property
     def rotary_dims(self) -> int:
@@ -263,7 +318,9 @@ class Architecture(Section):
     @property
     def hash(self) -> str:
         """Twelve hex digits of the sha256 of its canonical JSON; short forms of the same stack have one hash."""
-        data = {**self.to_dict(), "mixers": list(self.stack)}
+        data = {**self.to_dict(), "mixers": list(self.stack), "encoder_mixers": list(self.encoder_stack)}
+        if self.encoder_stack == expand(self.mixers, self.encoder_depth) or not self.encoder_stack:
+            del data["encoder_mixers"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 

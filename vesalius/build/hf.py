@@ -8,18 +8,18 @@ taken by `forward` as in other models of transformers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
-from vesalius.build.architecture import Architecture
+from vesalius.build.architecture import Architecture, Side
 from vesalius.build.mixers import MIXERS
 from vesalius.build.positions import PositionScheme
-from vesalius.build.skeleton import Block, norm_of, place
+from vesalius.build.skeleton import Block, norm_of, place, reach
 from vesalius.errors import VesaliusError
 
 
@@ -138,25 +138,31 @@ class VesaliusPreTrainedModel(PreTrainedModel):
     @property
     def takes_mask(self) -> bool:
         """Whether masks of pairs are honoured: not by a mixer that reads in order."""
-        return not any(MIXERS.get(name).recurrent for name in self.config.shape.stack)
+        a = self.config.shape
+        return not any(MIXERS.get(name).recurrent for name in (*a.stack, *a.encoder_stack))
 
 
 class VesaliusModel(VesaliusPreTrainedModel):
-    """Embedding, blocks and final norm."""
+    """Embedding, blocks and final norm; or one side of an encoder-decoder, whose decoder has no embedding of its own."""
 
-    def __init__(self, config: VesaliusConfig) -> None:
+    def __init__(self, config: VesaliusConfig, side: Side | None = None) -> None:
         super().__init__(config)
-        self.architecture = a = config.shape
-        if a.kind == "encoder-decoder":
-            raise VesaliusError("kind='encoder-decoder' has no parts model; build it with stock=True (T5)")
-        self.embed = nn.Embedding(a.vocab_size, a.d_model)
+        self.side, a = side, config.shape
+        if side is None and a.kind == "encoder-decoder":
+            raise VesaliusError(
+                f"{type(self).__name__} has one stack and kind='encoder-decoder' two; use build(architecture), or "
+                "AutoModelForSeq2SeqLM for a saved one"
+            )
+        self.architecture = a = a if side is None else a.side(side)
+        if side != "decoder":
+            self.embed = nn.Embedding(a.vocab_size, a.d_model)
         self.positions = PositionScheme(a)
         if a.token_types:
             self.token_types = nn.Embedding(a.token_types, a.d_model)
         if a.norm.embedding:
             self.norm_embed = norm_of(a)
         self.drop = nn.Dropout(a.dropout)
-        self.layers = nn.ModuleList([Block(a, layer, config) for layer in range(a.layers)])
+        self.layers = nn.ModuleList([Block(a, layer, config, cross=side == "decoder") for layer in range(a.layers)])
         if a.norm.place == "pre":
             self.norm = norm_of(a)
         self.gradient_checkpointing = False
@@ -195,25 +201,32 @@ class VesaliusModel(VesaliusPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         **_: Any,
     ) -> VesaliusOutput:
-        """The residual stream after the last norm; masks, positions and segments as in `skeleton.place`."""
-        if (input_ids is None) == (inputs_embeds is None):
+        """The residual stream after the last norm; masks, positions and segments as in `skeleton.place`.
+
+        A decoder takes the states of its encoder (batch, source, d_model) and their mask, as in `skeleton.reach`.
+        """
+        if self.side != "decoder" and (input_ids is None) == (inputs_embeds is None):
             raise VesaliusError("give either input_ids or inputs_embeds, and not both")
         if output_attentions:
             raise VesaliusError("output_attentions is not kept here; read patterns on the bench: vesalius.open(model)")
         tokens = inputs_embeds if input_ids is None else input_ids
         assert tokens is not None
+        dtype, rows = self.dtype, tokens.shape[0]
         causal = self.architecture.kind != "masked"
         use_cache = causal and not self.training and (self.config.use_cache if use_cache is None else use_cache)
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
+            if self.side == "decoder":
+                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        dtype = self.embed.weight.dtype
         placed = place(
             self.architecture,
             self.positions,
-            tokens.shape[0],
+            rows,
             tokens.shape[1],
             past=past,
             attention_mask=attention_mask,
@@ -232,6 +245,9 @@ class VesaliusModel(VesaliusPreTrainedModel):
             "past_key_values": past_key_values,
             **{name: extra[name] for name in self.wanted},
         }
+        if encoder_hidden_states is not None:
+            mask = reach(encoder_attention_mask, rows, encoder_hidden_states.shape[1], dtype)
+            arguments |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": mask}
         hidden, losses = [x], {}
         for layer, block in enumerate(self.layers):
             x, found = block(x, **arguments)
@@ -265,11 +281,12 @@ class _WithHead(VesaliusPreTrainedModel):
     """A parts model with an output layer."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed.weight"}
+    body: ClassVar[type[VesaliusPreTrainedModel]] = VesaliusModel
 
     def __init__(self, config: VesaliusConfig) -> None:
         super().__init__(config)
         a = config.shape
-        self.model = VesaliusModel(config)
+        self.model = self.body(config)
         if a.head == "transform":
             self.lm_transform = _Transform(a)
         self.lm_head = nn.Linear(a.d_model, a.vocab_size, bias=a.head == "transform")
@@ -303,6 +320,13 @@ class _WithHead(VesaliusPreTrainedModel):
 
 def _with_parts(loss: Tensor, parts: dict[str, Tensor] | None) -> Tensor:
     return loss if not parts else loss + torch.stack(list(parts.values())).sum()
+
+
+def loss_in_place(out: VesaliusOutput, labels: Tensor) -> Tensor:
+    """The mean loss of labels (batch, pos, -100 where nothing is asked), each at its own position, and of the parts."""
+    assert out.logits is not None
+    loss = nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+    return _with_parts(loss, out.part_losses)
 
 
 class VesaliusForCausalLM(_WithHead, GenerationMixin):
@@ -367,7 +391,5 @@ class VesaliusForMaskedLM(_WithHead):
         )
         out = self._answer(body, 0)
         if labels is not None:
-            assert out.logits is not None
-            loss = nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
-            out.loss = _with_parts(loss, out.part_losses)
+            out.loss = loss_in_place(out, labels)
         return out

@@ -3,6 +3,8 @@
 sequential       x = x + mixer(norm(x));  x = x + ffn(norm(x))
 post-norm        x = norm(x + mixer(x));  x = norm(x + ffn(x))
 parallel         x = x + mixer(norm1(x)) + ffn(norm2(x))       parallel-shared: norm1 is norm2
+
+A decoder that reads an encoder has cross-attention, with a norm and a sum of its own, between mixer and ffn.
 """
 
 from __future__ import annotations
@@ -31,17 +33,21 @@ def norm_of(architecture: Architecture) -> nn.Module:
 
 
 class Block(GradientCheckpointingLayer):
-    """One layer: a mixer, a feed-forward, their norms and residuals.
+    """One layer: a mixer, cross-attention if `cross`, a feed-forward, their norms and residuals.
 
     Returns the residual stream and the named losses of its parts.
     """
 
-    def __init__(self, architecture: Architecture, layer: int, config: Any = None) -> None:
+    def __init__(self, architecture: Architecture, layer: int, config: Any = None, cross: bool = False) -> None:
         super().__init__()
         a = architecture
         self.shape, self.layer, self.post, self.causal = a.block, layer, a.norm.place == "post", a.kind != "masked"
         self.norm_mixer = norm_of(a)
         self.mixer = MIXERS.get(a.stack[layer])(a, config)
+        if cross:
+            self.norm_cross = norm_of(a)
+            self.cross = MIXERS.get("attn")(a, config)
+            self.cross.is_causal = False
         if a.block != "parallel-shared":
             self.norm_ffn = norm_of(a)
         self.ffn = FEEDFORWARDS.get(a.feed_forward)(a)
@@ -56,13 +62,15 @@ class Block(GradientCheckpointingLayer):
         past_key_values: Any = None,
         input_ids: Tensor | None = None,
         embedding: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         context = Context(
             causal=self.causal,
             attention_mask=None if self.mixer.recurrent else attention_mask,
             position_ids=position_ids,
             position_embeddings=position_embeddings,
-            past=past_key_values,
+            past=getattr(past_key_values, "self_attention_cache", past_key_values),
             layer=self.layer,
             input_ids=input_ids,
             embedding=embedding,
@@ -76,9 +84,21 @@ class Block(GradientCheckpointingLayer):
             return x + mixed + self.drop(fed), {**mixer_losses, **losses}
         x = x + mixed
         x = self.norm_mixer(x) if self.post else x
+        if encoder_hidden_states is not None:
+            context = Context(
+                causal=False,
+                attention_mask=encoder_attention_mask,
+                past=past_key_values,
+                layer=self.layer,
+                source=encoder_hidden_states,
+            )
+            read, _ = self.cross(x if self.post else self.norm_cross(x), context)
+            x = x + self.drop(read)
+            x = self.norm_cross(x) if self.post else x
         fed, losses = self.ffn(x if self.post else self.norm_ffn(x))
         x = x + self.drop(fed)
         return self.norm_ffn(x) if self.post else x, {**mixer_losses, **losses}
+
 
 
 def mixed_norm(block: Block, x: Tensor) -> Tensor:
@@ -142,7 +162,7 @@ def place(
                 "positions included); give 1 for every real token"
             )
         real = None if bool(attention_mask.all()) else attention_mask.bool()
-    keys = torch.arange(total, device=device).unsqueeze(0)
+    keys = measured = torch.arange(total, device=device).unsqueeze(0)
     if real is not None:
         keys = (real.long().cumsum(-1) - 1).clamp(min=0)
         keep = real[:, None, None, :]
@@ -159,13 +179,13 @@ def place(
     if position_ids is None:
         position_ids = keys[:, -length:]
     elif not past:
-        keys = position_ids
-    queries = keys[:, -length:]
+        keys = measured = position_ids
+    measured = measured if scheme.kind == "t5" else keys  # T5's distances count hidden tokens
     if causal and given is None and (explicit or keep is not None or (past and length > 1)):
         ones = torch.ones(length, total, dtype=torch.bool, device=device).tril(past)
         keep = ones if keep is None else keep & ones
     mask = _additive(keep, dtype) if given is None else _additive(given, dtype)
-    bias = scheme.bias(queries, keys, dtype)
+    bias = scheme.bias(measured[:, -length:], measured, dtype)
     if bias is not None:
         if mask is None and causal and length > 1:
             mask = _additive(torch.ones(length, total, dtype=torch.bool, device=device).tril(past), dtype)
@@ -176,6 +196,25 @@ def place(
     if recurrent and special:
         steps = position_ids if real is None else position_ids.masked_fill(~real[:, -length:], -1)
     return Placed(position_ids, steps, mask)
+
+
+def reach(mask: Tensor | None, batch: int, source: int, dtype: torch.dtype) -> Tensor | None:
+    """What a cross-attention may read of an encoder's states, as an additive mask; None for all of them.
+
+    Args:
+        mask: the encoder's, (batch, source), 1 for real tokens; or four axes, (batch, 1 or head, query, source).
+
+    Raises:
+        VesaliusError: for a mask of another shape.
+    """
+    if mask is None or mask.dim() == 4:
+        return _additive(mask, dtype)
+    if mask.shape != (batch, source):
+        raise VesaliusError(
+            f"attention_mask of shape {tuple(mask.shape)} where the encoder's states are {(batch, source)}; give 1 for "
+            "every real token of the encoder"
+        )
+    return None if bool(mask.all()) else _additive(mask.bool()[:, None, None, :], dtype)
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -12,6 +12,7 @@ from vesalius.corpus.documents import CorpusError, Document, read
 if TYPE_CHECKING:
     from vesalius.corpus.fertility import TokenizerStatistics, statistics
     from vesalius.corpus.formats import from_dolma, from_megatron, to_dolma, to_megatron
+    from vesalius.corpus.grammar import LookupGrammar
     from vesalius.corpus.order import Order, digest
     from vesalius.corpus.planted import Planted, plant
     from vesalius.corpus.rewrite import Rewritten, token_map
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vesalius.corpus.viewer import Viewer
 
 _LAZY = {
+    "LookupGrammar": "grammar",
     "RECIPES": "tokenizers",
     "SYNTHETIC": "synthetic",
     "Order": "order",
@@ -76,6 +78,7 @@ __all__ = [
     "Batch",
     "CorpusError",
     "Document",
+    "LookupGrammar",
     "Order",
     "Planted",
     "Rewritten",

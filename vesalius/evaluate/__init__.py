@@ -1,4 +1,4 @@
-"""Measurements of a model's behaviour: what it has memorized, and whether that could be foretold."""
+"""Measurements of behaviour: what a model has memorized, fills in, learns from few examples, tags."""
 
 from vesalius.evaluate.forecast import (
     Forecast,
@@ -10,6 +10,7 @@ from vesalius.evaluate.forecast import (
     precision_recall,
     trajectory_forecast,
 )
+from vesalius.evaluate.infill import Infill, infill
 from vesalius.evaluate.memorization import (
     Place,
     at_checkpoint,
@@ -29,12 +30,17 @@ from vesalius.evaluate.memorization import (
 from vesalius.evaluate.normalised import TextScore, text_score
 from vesalius.evaluate.recite import CLOSE, Recital, recite
 from vesalius.evaluate.sequences import Sequences, documents_of, rows_of, texts_of
+from vesalius.evaluate.shots import few_shot
+from vesalius.evaluate.tagging import Sentence, entity_score, finetune, tag, tagged
+from vesalius.evaluate.windows import last_losses
 
 __all__ = [
     "CLOSE",
     "Forecast",
+    "Infill",
     "Place",
     "Recital",
+    "Sentence",
     "Sequences",
     "TextScore",
     "TrajectoryForecast",
@@ -46,10 +52,15 @@ __all__ = [
     "cheapest",
     "documents_of",
     "dose_response",
+    "entity_score",
+    "few_shot",
+    "finetune",
     "forecast",
     "forecast_table",
     "forecasts",
     "histogram",
+    "infill",
+    "last_losses",
     "over_training",
     "place_of",
     "place_test",
@@ -57,6 +68,8 @@ __all__ = [
     "recite",
     "rows_of",
     "share",
+    "tag",
+    "tagged",
     "text_score",
     "texts_of",
     "trajectories",

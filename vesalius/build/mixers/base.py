@@ -53,6 +53,8 @@ class Context:
             (padding). None: one sequence without padding.
         position_embeddings: cosine and sine of rotary positions, (batch or 1, pos, rotary dims) each.
         past: cache of what came before, or None. layer: which of its layers is this mixer's.
+        source: an encoder's states, (batch, source, d_model), for cross-attention: keys and values come from them, and
+            `past` is transformers' EncoderDecoderCache, which keeps them after the first call.
         input_ids, embedding: (batch, pos[, d_model]), for mixers that list them in `needs`.
     """
 
@@ -62,6 +64,7 @@ class Context:
     position_embeddings: tuple[Tensor, Tensor] | None = None
     past: Any = None
     layer: int = 0
+    source: Tensor | None = None
     input_ids: Tensor | None = None
     embedding: Tensor | None = None
 
