@@ -1,8 +1,9 @@
 """Lets transformers' Auto classes find the parts models, without loading anything until they are asked for one.
 
 `import vesalius` calls `announce`. Until transformers' tables of names are imported, by whomever, there is nothing to
-do; then the names of our classes are written into them, and "transformers.models.vesalius", where those tables look for
-the classes, leads to `vesalius.build.hf`. A saved model thus needs no code of its own and no trust in it.
+do; then the names of our classes are written into them, and the modules where those tables look for the classes, such
+as "transformers.models.vesalius", lead to ours (`PLACES`). A saved model thus needs no code of its own and no trust in
+it.
 """
 
 from __future__ import annotations
@@ -21,19 +22,26 @@ else:  # their methods are all that counts, and importing them takes longer than
 
 CONFIGS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
-HERE = "transformers.models.vesalius"
-CLASSES = {
-    "MODEL_MAPPING": "VesaliusModel",
-    "MODEL_FOR_CAUSAL_LM_MAPPING": "VesaliusForCausalLM",
-    "MODEL_FOR_MASKED_LM_MAPPING": "VesaliusForMaskedLM",
+PLACES = {
+    "transformers.models.vesalius": "vesalius.build.hf",
+    "transformers.models.vesalius_encoder_decoder": "vesalius.build.encoder_decoder",
 }
+ONE, TWO = "vesalius", "vesalius-encoder-decoder"  # model types: of one stack, of two
+CONFIG_CLASSES = {ONE: "VesaliusConfig", TWO: "VesaliusEncoderDecoderConfig"}
+CLASSES = (
+    ("MODEL_MAPPING", ONE, "VesaliusModel"),
+    ("MODEL_MAPPING", TWO, "VesaliusEncoderDecoder"),
+    ("MODEL_FOR_CAUSAL_LM_MAPPING", ONE, "VesaliusForCausalLM"),
+    ("MODEL_FOR_MASKED_LM_MAPPING", ONE, "VesaliusForMaskedLM"),
+    ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", TWO, "VesaliusForConditionalGeneration"),
+)
 
 
 class _Alias(Loader):
-    """Loads "transformers.models.vesalius" as `vesalius.build.hf`."""
+    """Loads a module of `PLACES` as the one that it stands for."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = importlib.import_module("vesalius.build.hf")
+        module = importlib.import_module(PLACES[spec.name])
         # the import machinery labels what it is given with its own name and spec; the module keeps its own
         self.own = {name: getattr(module, name) for name in ("__spec__", "__loader__", "__package__", "__name__")}
         return module
@@ -64,7 +72,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name == HERE:
+        if name in PLACES:
             return ModuleSpec(name, _Alias())
         if name not in (CONFIGS, MODELS):
             return None
@@ -77,12 +85,11 @@ class _Finder(MetaPathFinder):
 def _write(module: ModuleType) -> None:
     """Our names in one of transformers' tables; twice is as good as once."""
     if module.__name__ == CONFIGS:
-        module.CONFIG_MAPPING_NAMES["vesalius"] = "VesaliusConfig"
+        module.CONFIG_MAPPING_NAMES.update(CONFIG_CLASSES)
         return
-    for table, name in CLASSES.items():
-        names = getattr(module, f"{table}_NAMES")
-        names["vesalius"] = name
-        getattr(module, table)._reverse_config_mapping["VesaliusConfig"] = "vesalius"
+    for table, kind, name in CLASSES:
+        getattr(module, f"{table}_NAMES")[kind] = name
+        getattr(module, table)._reverse_config_mapping[CONFIG_CLASSES[kind]] = kind
 
 
 def announce() -> None:

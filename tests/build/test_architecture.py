@@ -32,6 +32,11 @@ def test_hash_tells_architectures_apart_and_not_their_spelling() -> None:
     assert (
         len({Architecture(**{**SMALL, **c}).hash for c in ({}, {"layers": 3}, {"bias": False}, {"tied": False})}) == 4
     )
+    two = {**SMALL, "kind": "encoder-decoder", "encoder_layers": 3}
+    same = ({}, {"encoder_mixers": "attn"}, {"encoder_mixers": ["attn"] * 3})
+    assert len({Architecture(**two, **c).hash for c in same}) == 1
+    other = Architecture(**two, mixers="[qlstm,attn]", encoder_mixers="attn")
+    assert other.hash not in {a.hash, Architecture(**two).hash} and other.stack == ("qlstm", "attn")
 
 
 def test_it_is_frozen() -> None:
@@ -58,8 +63,20 @@ def test_it_is_frozen() -> None:
         ({"positions": {"kind": "rotary", "fraction": 0.4}}, ["fraction=0.4", "even", "change"]),
         ({"norm": {"kind": "rms", "bias": True}}, ["bias", "rms", "drop it"]),
         ({"norm": {"place": "post"}, "block": "parallel"}, ["post", "sequential"]),
-        ({"kind": "encoder-decoder"}, ["T5", "norm.kind"]),
-        ({"encoder_layers": 2}, ["encoder_layers", "encoder-decoder"]),
+        ({"kind": "encoder-decoder", "mixers": "qlstm"}, ["qlstm", "encoder cannot", "encoder_mixers='attn'"]),
+        ({"kind": "encoder-decoder", "encoder_mixers": "[qlstm,attn]"}, ["qlstm", "encoder cannot"]),
+        (
+            {"kind": "encoder-decoder", "mixers": "attn*2", "encoder_layers": 3},
+            ["mixers='attn*2'", "2 layers", "has 3"],
+        ),
+        ({"kind": "encoder-decoder", "encoder_mixers": ["attn"]}, ["encoder_mixers=", "1 layers", "has 2"]),
+        ({"kind": "encoder-decoder", "encoder_mixers": "atn"}, ["atn", "did you mean 'attn'"]),
+        ({"kind": "encoder-decoder", "block": "parallel"}, ["parallel", "cross-attention", "sequential"]),
+        ({"kind": "encoder-decoder", "token_types": 2}, ["token_types=2", "token_types=0"]),
+        ({"kind": "encoder-decoder", "head": "transform"}, ["transform", "encoder-decoder", "head='linear'"]),
+        ({"encoder_layers": 2}, ["encoder_layers=2", "encoder-decoder", "drop it"]),
+        ({"encoder_mixers": "attn"}, ["encoder_mixers='attn'", "encoder-decoder", "drop it"]),
+        ({"mixer_options": {"attn": {"scaled": "perhaps"}}}, ["scaled", "perhaps"]),
         ({"head": "transform"}, ["transform", "masked"]),
     ],
 )
@@ -120,8 +137,6 @@ def test_closed_form_counts_what_is_there(name: str, stock: bool) -> None:
     for change in ({}, {"tied": False, "norm": {"embedding": True}, "mixers": "[qlstm,attn]", "bias": True}):
         if change and (stock or preset(name).kind != "causal"):
             continue
-        if not stock and preset(name).kind == "encoder-decoder":
-            continue
         a = preset(name, **change)
         assert parameters(a) == sum(p.numel() for p in build(a, stock=stock).parameters())
 
@@ -171,6 +186,16 @@ def test_flops_are_those_counted(name: str) -> None:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 24, dtype=torch.long), attention_mask=None)
     assert counter.get_total_flops() == flops(a, 24)
+
+
+@pytest.mark.parametrize("change", [{}, {"encoder_layers": 3, "mixers": "[qlstm,attn]", "encoder_mixers": "attn"}])
+def test_flops_of_two_stacks_are_those_counted(change: dict) -> None:
+    a = preset("tiny-t5", kv_heads=2, **change)
+    model, ids = build(a).eval(), torch.zeros(1, 24, dtype=torch.long)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, decoder_input_ids=ids[:, :17])
+    assert counter.get_total_flops() == flops(a, 17, 24)
+    assert parameters(a) == sum(p.numel() for p in model.parameters())
 
 
 def test_encoder_decoder_against_decoder() -> None:

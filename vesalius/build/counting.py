@@ -18,9 +18,12 @@ def parameters(architecture: Architecture, embeddings: bool = True) -> int:
         embeddings: with token, position and segment vectors and the output layer, or the blocks and norms alone.
     """
     a = architecture
-    if a.kind == "encoder-decoder":
-        return _t5_parameters(a, embeddings)
     norm = a.d_model * (2 if a.norm.bias else 1)
+    if a.kind == "encoder-decoder":
+        encoder, decoder = (parameters(a.side(which), embeddings) for which in ("encoder", "decoder"))
+        cross = a.layers * (MIXERS.get("attn").parameters_of(a) + norm)
+        shared = a.vocab_size * a.d_model * (1 if a.tied else 2) if embeddings else 0  # counted on both sides
+        return encoder + decoder + cross - shared
     count = sum(MIXERS.get(name).parameters_of(a) for name in a.stack)
     count += a.layers * (FEEDFORWARDS.get(a.feed_forward).parameters_of(a) + norm)
     count += 0 if a.block == "parallel-shared" else a.layers * norm
@@ -41,7 +44,6 @@ def flops(architecture: Architecture, length: int, source: int | None = None) ->
         length: tokens. source: for an encoder-decoder, tokens of the encoder; `length` is then the decoder's.
     """
     a = architecture
-    ffn = FEEDFORWARDS.get(a.feed_forward).flops
     if a.kind == "encoder-decoder":
         if source is None:
             from vesalius.errors import VesaliusError
@@ -49,11 +51,9 @@ def flops(architecture: Architecture, length: int, source: int | None = None) ->
             raise VesaliusError(
                 "flops of an encoder-decoder need source, the encoder's length; give flops(a, 114, 512)"
             )
-        attend = MIXERS.get("attn").flops
-        encoder = (a.encoder_layers or a.layers) * (attend(a, source) + ffn(a, source))
-        decoder = a.layers * (attend(a, length) + cross_flops(a, length, source) + ffn(a, length))
-        return encoder + decoder + 2 * length * a.d_model * a.vocab_size
-    count = sum(MIXERS.get(name).flops(a, length) for name in a.stack) + a.layers * ffn(a, length)
+        blocks = _block_flops(a.side("encoder"), source) + _block_flops(a.side("decoder"), length)
+        return blocks + a.layers * cross_flops(a, length, source) + 2 * length * a.d_model * a.vocab_size
+    count = _block_flops(a, length)
     count += 2 * length * a.d_model * a.d_model if a.head == "transform" else 0
     return count + 2 * length * a.d_model * a.vocab_size
 
@@ -61,19 +61,15 @@ def flops(architecture: Architecture, length: int, source: int | None = None) ->
 def cross_flops(architecture: Architecture, length: int, source: int) -> int:
     """FLOPs of one layer's cross-attention: queries and outputs of the decoder, keys and values of the encoder."""
     a = architecture
-    inner = a.heads * a.d_head
-    return 4 * (length + source) * a.d_model * inner + 4 * length * source * inner
+    inner, shared = a.heads * a.d_head, a.kv_heads * a.d_head
+    return 4 * (length * inner + source * shared) * a.d_model + 4 * length * source * inner
+
+
+def _block_flops(a: Architecture, length: int) -> int:
+    feed = a.layers * FEEDFORWARDS.get(a.feed_forward).flops(a, length)
+    return sum(MIXERS.get(name).flops(a, length) for name in a.stack) + feed
 
 
 def cache_bytes(architecture: Architecture, length: int, itemsize: int = 4) -> int:
     """Bytes kept for one sequence of this length while generating (its decoder's own, without cross-attention)."""
     return sum(MIXERS.get(name).state_bytes(architecture, length, itemsize) for name in architecture.stack)
-
-
-def _t5_parameters(a: Architecture, embeddings: bool) -> int:
-    attention, ffn = MIXERS.get("attn").parameters_of(a), FEEDFORWARDS.get(a.feed_forward).parameters_of(a)
-    encoder = (a.encoder_layers or a.layers) * (attention + ffn + 2 * a.d_model) + a.d_model
-    decoder = a.layers * (2 * attention + ffn + 3 * a.d_model) + a.d_model
-    if not embeddings:
-        return encoder + decoder
-    return encoder + decoder + a.vocab_size * a.d_model * (1 if a.tied else 2) + 2 * a.positions.buckets * a.heads

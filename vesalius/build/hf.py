@@ -143,7 +143,7 @@ class VesaliusPreTrainedModel(PreTrainedModel):
 
 
 class VesaliusModel(VesaliusPreTrainedModel):
-    """Embedding, blocks and final norm; or one side of an encoder-decoder, whose decoder has no embedding of its own."""
+    """Embedding, blocks and final norm; or one side of an encoder-decoder, where the encoder has the embedding."""
 
     def __init__(self, config: VesaliusConfig, side: Side | None = None) -> None:
         super().__init__(config)
@@ -170,6 +170,8 @@ class VesaliusModel(VesaliusPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        if self.side == "decoder":
+            raise NotImplementedError("the embedding is the encoder's; ask the whole model")
         return self.embed
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:

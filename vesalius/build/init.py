@@ -55,12 +55,13 @@ def palm(architecture: Architecture, purpose: Purpose, fan_in: int) -> float:
 
 @INITS.register("t5", "N(0, 1 / fan-in); embeddings N(0, 1); T5's unscaled queries smaller", paper="arXiv 1910.10683")
 def t5(architecture: Architecture, purpose: Purpose, fan_in: int) -> float:
-    """As `palm`; T5's own class does not divide scores by sqrt(d_head), so its queries do. Biases by distance as T5."""
+    """As `palm`; where scores are not divided by sqrt(d_head), queries are. Biases by distance as T5."""
     if purpose == "embedding":
         return 1.0
     if purpose == "position":
         return float(architecture.d_model**-0.5)
-    return float(fan_in**-0.5 * (architecture.d_head**-0.5 if purpose == "query" else 1.0))
+    unscaled = purpose == "query" and not architecture.scaled_scores
+    return float(fan_in**-0.5 * (architecture.d_head**-0.5 if unscaled else 1.0))
 
 
 def purpose_of(name: str) -> Purpose:
@@ -71,21 +72,16 @@ def purpose_of(name: str) -> Purpose:
         return "position"
     if name == "lm_head.weight":
         return "head"
+    if name.endswith(".q.weight"):
+        return "query"
     return "output" if name.endswith((".o.weight", ".down.weight")) else "input"
 
 
-def fresh(
-    name: str,
-    shape: Sequence[int],
-    architecture: Architecture,
-    seed: int,
-    purpose: Callable[[str], Purpose] | None = None,
-) -> Tensor:
+def fresh(name: str, shape: Sequence[int], architecture: Architecture, seed: int) -> Tensor:
     """The initial value of one parameter: gains are 1, biases 0, matrices N(0, std) from the stream of their name.
 
     Args:
-        name: in the parts model (in T5's own class for encoder-decoders). seed: same seed, same weights.
-        purpose: tells what a matrix is for by its name.
+        name: in the parts model. seed: same seed, same weights.
 
     Returns:
         float32 on the CPU, so alike everywhere.
@@ -93,7 +89,7 @@ def fresh(
     if len(shape) < 2:
         return torch.full(tuple(shape), 1.0 if name.endswith("weight") else 0.0)
     # linear maps are (out, in); the recurrence of an LSTM is (head, in, out)
-    std = INITS.get(architecture.init)(architecture, (purpose or purpose_of)(name), shape[1])
+    std = INITS.get(architecture.init)(architecture, purpose_of(name), shape[1])
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randn(tuple(shape), generator=generator) * std

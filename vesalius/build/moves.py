@@ -161,6 +161,25 @@ def _bert(a: Architecture) -> list[Move]:
     return moves + _both("cls.predictions.transform.LayerNorm", "lm_transform.norm", "same")
 
 
+def _t5(a: Architecture) -> list[Move]:
+    side = {"q": "q", "k": "k", "v": "v", "o": "o"}
+    fed = {"wi_0": "gate", "wi_1": "up", "wo": "down"} if a.gated else {"wi": "up", "wo": "down"}
+    moves = [Move("shared.weight", ("model.encoder.embed.weight",))]
+    for stack, depth, ffn in (("encoder", a.encoder_depth, 1), ("decoder", a.layers, 2)):
+        mine, bias = f"model.{stack}", "block.0.layer.0.SelfAttention.relative_attention_bias"
+        moves.append(Move(f"{stack}.{bias}.weight", (f"{mine}.positions.biases.weight",)))
+        moves.append(Move(f"{stack}.final_layer_norm.weight", (f"{mine}.norm.weight",)))
+        parts = [(0, "SelfAttention", "mixer", side), (ffn, "DenseReluDense", "ffn", fed)]
+        parts += [(1, "EncDecAttention", "cross", side)] if stack == "decoder" else []
+        for i in range(depth):
+            for at, theirs, ours, names in parts:
+                there, here = f"{stack}.block.{i}.layer.{at}", f"{mine}.layers.{i}"
+                moves.append(Move(f"{there}.layer_norm.weight", (f"{here}.norm_{ours}.weight",)))
+                there, here = f"{there}.{theirs}", f"{here}.{ours}"
+                moves += [Move(f"{there}.{t}.weight", (f"{here}.{o}.weight",)) for t, o in names.items()]
+    return moves + _head(a, "lm_head")
+
+
 def _head(a: Architecture, theirs: str) -> list[Move]:
     return [] if a.tied else [Move(f"{theirs}.weight", ("lm_head.weight",))]
 
@@ -171,4 +190,5 @@ MOVES: dict[str, Callable[[Architecture], list[Move]]] = {
     "Llama": _llama,
     "Bloom": _bloom,
     "Bert": _bert,
+    "T5": _t5,
 }

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vesalius.build.feedforwards import FEEDFORWARDS
 from vesalius.build.mixers import MIXERS, Context
+from vesalius.build.mixers.attention import Attention
 from vesalius.errors import VesaliusError
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ class Block(GradientCheckpointingLayer):
         self.mixer = MIXERS.get(a.stack[layer])(a, config)
         if cross:
             self.norm_cross = norm_of(a)
-            self.cross = MIXERS.get("attn")(a, config)
-            self.cross.is_causal = False
+            self.cross = Attention(a, config, cross=True)
         if a.block != "parallel-shared":
             self.norm_ffn = norm_of(a)
         self.ffn = FEEDFORWARDS.get(a.feed_forward)(a)
@@ -98,7 +98,6 @@ class Block(GradientCheckpointingLayer):
         fed, losses = self.ffn(x if self.post else self.norm_ffn(x))
         x = x + self.drop(fed)
         return self.norm_ffn(x) if self.post else x, {**mixer_losses, **losses}
-
 
 
 def mixed_norm(block: Block, x: Tensor) -> Tensor:

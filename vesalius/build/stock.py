@@ -2,7 +2,7 @@
 
 A stock class fits when everything in the architecture is something it does; `why_not` says for each class what is
 missing. `export` moves the weights of a parts model into the stock class, `adopt` the other way; both move numbers and
-change none, so logits agree to rounding. An encoder-decoder is always T5's class, which has no parts twin.
+change none, so logits agree to rounding.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 from vesalius.build.architecture import Architecture
 from vesalius.build.feedforwards import FEEDFORWARDS
-from vesalius.build.init import Purpose, fresh
-from vesalius.build.moves import MOVES, pack, unpack
+from vesalius.build.init import fresh
+from vesalius.build.moves import MOVES, Move, pack, unpack
 from vesalius.errors import VesaliusError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _t5(a: Architecture) -> dict[str, Any]:
         "d_model": a.d_model,
         "d_kv": a.d_head,
         "d_ff": a.d_ff,
-        "num_layers": a.encoder_layers or a.layers,
+        "num_layers": a.encoder_depth,
         "num_decoder_layers": a.layers,
         "num_heads": a.heads,
         "relative_attention_num_buckets": a.positions.buckets,
@@ -207,8 +207,11 @@ def _differences(name: str, stock: _Stock, a: Architecture) -> Iterator[str]:
             allowed = stock.allows[key]
             shown = "1 or more" if isinstance(allowed, range) else " or ".join(repr(v) for v in allowed)
             yield f"{key} is {value!r} where {name} has {shown}"
-    if set(a.stack) != {"attn"}:
-        yield f"mixers are {', '.join(sorted(set(a.stack)))} where {name} has attn"
+    mixers = {*a.stack, *a.encoder_stack}
+    if mixers != {"attn"}:
+        yield f"mixers are {', '.join(sorted(mixers))} where {name} has attn"
+    if a.scaled_scores == (name == "T5"):
+        yield f"scores are {'' if a.scaled_scores else 'not '}divided by sqrt(d_head), unlike those of {name}"
     if not stock.grouped and a.kv_heads != a.heads:
         yield f"kv_heads is {a.kv_heads} where {name} has one a head, {a.heads}"
     if not stock.grouped and name != "T5" and a.heads * a.d_head != a.d_model:
@@ -250,30 +253,23 @@ def build(architecture: Architecture, seed: int = 0, *, stock: bool = True, **ex
     Returns:
         The model in training mode, as transformers makes it.
 
-    Raises:
-        VesaliusError: for an encoder-decoder with `stock=False`.
-
     Example:
         >>> from vesalius.build import preset
         >>> type(build(preset("tiny-pythia"))).__name__, type(build(preset("tiny-palm"))).__name__
         ('GPTNeoXForCausalLM', 'VesaliusForCausalLM')
     """
     name = stock_name(architecture) if stock else None
-    if architecture.kind == "encoder-decoder":
-        if name is None:
-            raise VesaliusError("kind='encoder-decoder' has no parts model; build it with stock=True (T5)")
-        model = _empty_stock(architecture, **extra)
-        _initialise(dict(model.named_parameters()), architecture, seed, _t5_purpose)
-        return model
     if name is None:
         model = _empty_parts(architecture, **extra)
-        _initialise(dict(model.named_parameters()), architecture, seed, None)
-        return _tied(model)
+        with torch.no_grad():
+            for ours, tensor in model.named_parameters():
+                tensor.copy_(fresh(ours, tensor.shape, architecture, seed))
+        return _tied(model, architecture)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in _empty_parts(architecture).named_parameters()}
     model = _empty_stock(architecture, **extra)
     _fill(model, architecture, name, lambda ours: fresh(ours, shapes[ours], architecture, seed))
-    return _tied(model)
+    return _tied(model, architecture)
 
 
 def export(model: PreTrainedModel) -> PreTrainedModel:
@@ -285,13 +281,13 @@ def export(model: PreTrainedModel) -> PreTrainedModel:
     a: Architecture = model.config.shape
     name = stock_name(a)
     if name is None:
-        nearest, reasons = min(why_not(a).items(), key=lambda item: len(item[1]))
+        other = {name: found[0].startswith("kind ") for name, found in why_not(a).items()}
+        nearest, reasons = min(why_not(a).items(), key=lambda item: (other[item[0]], len(item[1])))
         raise VesaliusError(f"no stock class computes this architecture; nearest is {nearest}: {'; '.join(reasons)}")
-    ids = {f"{which}_token_id": getattr(model.config, f"{which}_token_id", None) for which in ("pad", "bos", "eos")}
-    out = _empty_stock(a, **ids).to(model.dtype).to(model.device)
+    out = _empty_stock(a, **_special_ids(model, a)).to(model.dtype).to(model.device)
     weights = dict(model.named_parameters())
     _fill(out, a, name, lambda ours: weights[ours])
-    return _tied(out).train(model.training)
+    return _tied(out, a).train(model.training)
 
 
 def adopt(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
@@ -301,16 +297,16 @@ def adopt(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel
         model: of the class that `stock_config(architecture)` is for. architecture: what it computes.
 
     Raises:
-        VesaliusError: if the class or a size is another.
+        VesaliusError: if the class, a size or the number of layers is another.
     """
     name = stock_name(architecture)
-    if name in (None, "T5") or type(model).__name__ != STOCK[str(name)].model:
-        wanted = "a parts model" if name in (None, "T5") else STOCK[str(name)].model
+    if name is None or type(model).__name__ != STOCK[name].model:
+        wanted = "a parts model" if name is None else STOCK[name].model
         raise VesaliusError(f"{type(model).__name__} cannot be adopted: this architecture is computed by {wanted}")
-    out = _empty_parts(architecture).to(model.dtype).to(model.device)
+    out = _empty_parts(architecture, **_special_ids(model, architecture)).to(model.dtype).to(model.device)
     mine, theirs = dict(out.named_parameters()), dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for move in MOVES[str(name)](architecture):
+        for move in _moves(model, architecture, name):
             for ours, tensor in zip(move.ours, unpack(move, theirs[move.theirs], architecture), strict=True):
                 if mine[ours].shape != tensor.shape:
                     sizes = f"{tuple(tensor.shape)} where the architecture has {tuple(mine[ours].shape)}"
@@ -318,17 +314,23 @@ def adopt(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel
                         f"{move.theirs} cannot be adopted: it gives {ours} {sizes}; change the architecture"
                     )
                 mine[ours].copy_(tensor)
-    return _tied(out).train(model.training)
+    return _tied(out, architecture).train(model.training)
 
 
 # -- making ------------------------------------------------------------------------------------------------------------
 
 
 def _empty_parts(architecture: Architecture, **extra: Any) -> PreTrainedModel:
-    from vesalius.build.hf import VesaliusConfig, VesaliusForCausalLM, VesaliusForMaskedLM
+    from vesalius.build.encoder_decoder import VesaliusForConditionalGeneration
+    from vesalius.build.hf import VesaliusForCausalLM, VesaliusForMaskedLM
 
-    cls = VesaliusForMaskedLM if architecture.kind == "masked" else VesaliusForCausalLM
-    config = VesaliusConfig(architecture=architecture.to_dict(), **extra)
+    classes = {
+        "causal": VesaliusForCausalLM,
+        "masked": VesaliusForMaskedLM,
+        "encoder-decoder": VesaliusForConditionalGeneration,
+    }
+    cls = classes[architecture.kind]
+    config = cls.config_class(architecture=architecture.to_dict(), **extra)
     return _without_random(lambda: cls(config))
 
 
@@ -351,46 +353,39 @@ def _without_random(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         return make()
 
 
-def _tied(model: PreTrainedModel) -> PreTrainedModel:
+def _tied(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
+    head = model.get_output_embeddings()
+    own = head.weight
     model.tie_weights()
+    if not architecture.tied:  # see `_empty_stock`
+        head.weight = own
     return model
+
+
+def _special_ids(model: PreTrainedModel, a: Architecture) -> dict[str, Any]:
+    """The special token ids of a model's configuration, for its twin's."""
+    names = ["pad_token_id", "bos_token_id", "eos_token_id"]
+    names += ["decoder_start_token_id"] if a.kind == "encoder-decoder" else []
+    return {name: getattr(model.config, name, None) for name in names}
 
 
 @torch.no_grad()
 def _fill(model: PreTrainedModel, a: Architecture, name: str, source: Callable[[str], torch.Tensor]) -> None:
-    """Every parameter of a stock model from parts by name; none may be left as it was made."""
+    """Every parameter of a stock model from parts by name."""
     theirs = dict(model.named_parameters(remove_duplicate=False))
-    filled = set()
-    for move in MOVES[name](a):
-        tensor = pack(move, [source(ours) for ours in move.ours], a)
-        theirs[move.theirs].copy_(tensor)
-        filled.add(id(theirs[move.theirs]))
-    left = [n for n, p in model.named_parameters() if id(p) not in filled and not _is_tied_head(model, a, p)]
-    if left:
-        raise VesaliusError(f"{type(model).__name__} has weights that no part gives: {', '.join(left[:4])}")
+    for move in _moves(model, a, name):
+        theirs[move.theirs].copy_(pack(move, [source(ours) for ours in move.ours], a))
 
 
-def _is_tied_head(model: PreTrainedModel, a: Architecture, parameter: torch.Tensor) -> bool:
-    head = model.get_output_embeddings()
-    return a.tied and head is not None and any(parameter is p for p in head.parameters())
-
-
-@torch.no_grad()
-def _initialise(
-    parameters: Mapping[str, torch.Tensor], a: Architecture, seed: int, purpose: Callable[[str], Purpose] | None
-) -> None:
-    for name, tensor in parameters.items():
-        tensor.copy_(fresh(name, tensor.shape, a, seed, purpose))
-
-
-def _t5_purpose(name: str) -> Purpose:
-    """What a matrix of T5's class is for."""
-    if name.startswith("shared"):
-        return "embedding"
-    if "relative_attention_bias" in name:
-        return "position"
-    if name.startswith("lm_head"):
-        return "head"
-    if name.endswith(".q.weight"):
-        return "query"
-    return "output" if name.endswith((".o.weight", ".wo.weight")) else "input"
+def _moves(model: PreTrainedModel, a: Architecture, name: str) -> list[Move]:
+    """The moves between a stock model and its parts; none of its weights may be without one, nor a move without one."""
+    theirs, moves = dict(model.named_parameters(remove_duplicate=False)), MOVES[name](a)
+    moved = {id(theirs.get(move.theirs)) for move in moves}
+    left = [n for n, p in model.named_parameters() if id(p) not in moved]
+    lacks = [move.theirs for move in moves if move.theirs not in theirs]
+    if left or lacks:
+        found = f"has {', '.join(left[:3])}" if left else f"has no {', '.join(lacks[:3])}"
+        raise VesaliusError(
+            f"{type(model).__name__} {found}, unlike its architecture; change layers, tied or bias there"
+        )
+    return moves

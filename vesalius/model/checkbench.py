@@ -292,10 +292,10 @@ class Bench:
 
     def group(self, part: Part) -> list[Part]:
         """The query heads that share the part's keys or values: what one plain hook can change."""
-        if part.side not in ("k", "v") or part.kind == "xhead":
+        if part.side not in ("k", "v"):
             return [part]
         first = (part.index or 0) // self.a.group * self.a.group
-        return [Part("head", part.layer, first + i, part.side, part.stack) for i in range(self.a.group)]
+        return [Part(part.kind, part.layer, first + i, part.side, part.stack) for i in range(self.a.group)]
 
     def columns(self, block: Block, part: Part) -> Tensor:
         """Where a head's query, key or value is in its projection's output, (d_head,)."""

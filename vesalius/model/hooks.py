@@ -164,7 +164,8 @@ class Hooks:
         if self.anatomy.attention != "interface":
             return False
         names = {name for sites in by_block.values() for name in sites}
-        return bool(names & {"pattern", "cross_pattern"}) or (self.anatomy.group > 1 and bool(names & {"k", "v"}))
+        shared = {"k", "v", "cross_k", "cross_v"} if self.anatomy.group > 1 else set()
+        return bool(names & {"pattern", "cross_pattern", *shared})
 
     # -- one block -----------------------------------------------------------------------------------------------
 

@@ -37,14 +37,16 @@ class Attention(Mixer):
     bidirectional = True
     needs_positions = True
 
-    def __init__(self, architecture: Architecture, config: Any = None) -> None:
+    def __init__(self, architecture: Architecture, config: Any = None, cross: bool = False) -> None:
         super().__init__(architecture, config)
         a = architecture
         self.q = nn.Linear(a.d_model, a.heads * a.d_head, bias=a.bias)
         self.k = nn.Linear(a.d_model, a.kv_heads * a.d_head, bias=a.bias)
         self.v = nn.Linear(a.d_model, a.kv_heads * a.d_head, bias=a.bias)
         self.o = nn.Linear(a.heads * a.d_head, a.d_model, bias=a.bias)
-        self.is_causal = a.kind != "masked"
+        # under the names that transformers' attention functions ask for
+        self.is_causal = a.kind != "masked" and not cross
+        self.num_key_value_groups = a.heads // a.kv_heads
         self.scaled = a.scaled_scores
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
