@@ -1,4 +1,4 @@
-"""A step of each optimizer against torch's AdamW, on the same 10 M parameters and gradients.
+"""A step of each optimizer against torch's AdamW, on the same parameters, few and as many as a real model has.
 
     python -m bench.optimizers [--device cuda] [--rounds 15] [--periods 1,20,200,2000]
 
@@ -20,20 +20,22 @@ from bench.measure import MB, Meter, machine, summary, versions
 from bench.table import markdown
 from vesalius.train.optimizers import make_optimizer, state_bytes
 
-LAYERS, WIDTH, VOCAB = 11, 256, 6144
+# layers, width, vocabulary. Small: every matrix fits a cache. Large: matrices of SmolLM2-135M, 6 of its 30 layers
+SIZES = {"small": (11, 256, 6144), "large": (6, 576, 49152)}
 
 
 class Shapes(nn.Module):
-    """The tensors of a small decoder: 11 blocks of width 256 with norms and biases, tied embedding of 6144; 10.3 M."""
+    """The tensors of a decoder: blocks with norms and biases, tied embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        layers, width, vocabulary = SIZES[size]
+        self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList()
-        for _ in range(LAYERS):
-            attention = [nn.Linear(WIDTH, WIDTH) for _ in range(4)]
-            mlp = [nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)]
-            self.blocks.append(nn.ModuleList([*attention, *mlp, nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)]))
+        for _ in range(layers):
+            attention = [nn.Linear(width, width) for _ in range(4)]
+            mlp = [nn.Linear(width, 4 * width), nn.Linear(4 * width, width)]
+            self.blocks.append(nn.ModuleList([*attention, *mlp, nn.LayerNorm(width), nn.LayerNorm(width)]))
 
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,12 +52,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "Conda, between bases": ("conda", {"period": 0}),
     "Muon of torch": ("muon", {}),
 }
+LARGE = [row for row in ROWS if row.split(",")[0] in ("AdamW of torch", "Adan", "SGD-SaI")]  # what memory holds at once
 
 
-def make(name: str, chosen: dict[str, Any], device: str) -> torch.optim.Optimizer:
+def make(name: str, chosen: dict[str, Any], device: str, size: str = "small") -> torch.optim.Optimizer:
     """The optimizer on a model of its own, with gradients; the same for all."""
     torch.manual_seed(0)
-    model = Shapes().to(device)
+    model = Shapes(size).to(device)
     for p in model.parameters():
         p.grad = torch.randn_like(p) * 1e-2
     if name == "adamw" and "foreach" in chosen:
@@ -74,10 +77,10 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int, meter: Mete
     return {name: (t.wall_s, t.others_cores) for name, t in found.items()}
 
 
-def report(device: str, rounds: int, periods: list[int]) -> str:
-    """Both tables."""
-    meter = Meter(device)
-    made = {row: make(name, chosen, device) for row, (name, chosen) in ROWS.items()}
+def steps_table(size: str, device: str, rounds: int, meter: Meter) -> tuple[str, dict[str, tuple[float, float]]]:
+    """A heading and a table of steps on one size, and the times."""
+    chosen = ROWS if size == "small" else {row: ROWS[row] for row in LARGE}
+    made = {row: make(name, options, device, size) for row, (name, options) in chosen.items()}
     for optimizer in made.values():
         for _ in range(2):
             optimizer.step()
@@ -88,20 +91,30 @@ def report(device: str, rounds: int, periods: list[int]) -> str:
     for row, optimizer in made.items():
         wall = times[row][0]
         ratios = [f"{wall / times[base][0]:.2f}" for base in against]
-        size = state_bytes(optimizer)
-        rows.append([row, f"{1e3 * wall:.2f}", *ratios, f"{size / MB:.1f}", f"{size / (4 * parameters):.2f}"])
+        held = state_bytes(optimizer)
+        rows.append([row, f"{1e3 * wall:.2f}", *ratios, f"{held / MB:.1f}", f"{held / (4 * parameters):.2f}"])
     header = ["", "ms a step", "x fused", "x foreach", "x loop", "state MB", "state / parameters"]
+    layers, width, vocabulary = SIZES[size]
+    busiest = max(others for _, others in times.values())
+    head = f"## {parameters / 1e6:.1f} M parameters: {layers} layers of {width}, {vocabulary:,} words"
+    told = f"Medians of {rounds} rounds taken in turns; others used up to {busiest:.1f} cores."
+    return "\n".join([head, "", told, "", markdown(header, rows), ""]), times
+
+
+def report(device: str, rounds: int, periods: list[int]) -> str:
+    """All tables."""
+    meter = Meter(device)
     facts = machine(device)
     where = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
-    busiest = max(others for _, others in times.values())
+    small, times = steps_table("small", device, rounds, meter)
+    large, _ = steps_table("large", device, rounds, meter)
     lines = [
-        f"# A step on {parameters / 1e6:.1f} M parameters, {where}",
+        f"# A step of each optimizer, {where}",
         "",
-        f"torch {versions('torch')['torch']}, {torch.get_num_threads()} threads, medians of {rounds} rounds taken in "
-        f"turns; others used up to {busiest:.1f} cores.",
+        f"torch {versions('torch')['torch']}, {torch.get_num_threads()} threads.",
         "",
-        markdown(header, rows),
-        "",
+        small,
+        large,
         "## Conda's bases",
         "",
         conda_table(device, periods, times, meter),

@@ -253,9 +253,9 @@ def main() -> None:
         f"The paper's claim asks for 10 points more recall than the quarter-size model: "
         f"{_claim(forecast_rows, 'checkpoint at 50-60 %')} at 50-60 % of training, "
         f"{_claim(forecast_rows, 'checkpoint, same compute')} at the same compute. "
-        "Likely because all that is memorized here was planted evenly over one epoch: a half-trained model has met each "
-        "canary half as often as the final one, while the smaller model has met it as often; in Pythia's corpus, where "
-        "most of what is memorized is common text, a model's size decides. "
+        "Likely because all that is memorized here was planted evenly over one epoch: a half-trained model has met "
+        "each canary half as often as the final one, the smaller model as often; in Pythia's corpus most of what is "
+        "memorized is common text, and a model's size decides. "
         "A logistic regression on all checkpoints up to 60 %, cross-validated, against the last of them alone:",
         table(
             ["seed", "AUROC, one checkpoint", "AUROC, trajectory", "gain [95 %]", "place as by chance"], summary_rows
@@ -306,7 +306,8 @@ def top_doses(place: Path, size: Size) -> tuple[str, str]:
     rows = [[r.exposures, r.n, f"{r.score:.2f}", f"{r.share:.0%}"] for r in by.itertuples()]
     rows.insert(0, [0, len(never), f"{never.score.mean():.3f}", f"{never.extractible.mean():.0%}"])
     rank = spearmanr(by["exposures"], by["score"]).statistic
-    return table(["read", "canaries", "mean score", "recited"], rows), f"{text} Spearman {rank:.2f}; all above tie at 1."
+    told = f"{text} Spearman {rank:.2f}; doses of 16 and more tie at 1."
+    return table(["read", "canaries", "mean score", "recited"], rows), told
 
 
 def _claim(rows: list[list[Any]], what: str) -> str:

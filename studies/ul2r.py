@@ -11,22 +11,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from _page import RUNS, table, write
-from _runs import flops_a_step, held_out, interval, is_quick, trained, verdict
+from _runs import flops_a_step, interval, is_quick, trained, verdict
 
 import vesalius
 from vesalius.corpus.grammar import LookupGrammar
 from vesalius.evaluate.infill import infill
 from vesalius.model import Model
-from vesalius.train.assembly import data_of
 from vesalius.train.curves import steps_to
 from vesalius.train.objectives.special import MODES, sentinels
 from vesalius.train.recipe import Recipe, read_recipe
 
 SENTINELS = sentinels(16)
-# Two tied layers of 64 learn the look-ups late and lose them again at the rate they need.
-SHAPE = {"layers": 3, "d_model": 96, "d_ff": 384, "heads": 4, "kv_heads": 4, "tied": False}
-UL2R: dict[str, Any] = {"name": "ul2", "mixture": "ul2r"}
-UL2R_TOLD = "The mixture is U-PaLM's."
+SHAPE = {"layers": 2, "d_model": 64, "d_ff": 256, "heads": 4, "kv_heads": 4, "tied": False}
+UL2R: dict[str, Any] = {"name": "ul2", "mixture": "ul2r", "cross_document": "mask"}
+CAUSAL: dict[str, Any] = {"name": "causal-lm", "cross_document": "mask"}
+LOOKS = 4  # checkpoints of a continuation
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,14 @@ class Size:
 
     seeds: tuple[int, ...]
     lm_steps: int
-    branches: tuple[int, ...]  # steps that UL2R goes on from
+    branches: tuple[int, ...]  # steps that UL2R goes on from; all of them with the first seed, the last with each
     ul2r_steps: int
-    grammar_documents: int
-    asked: int  # rows to fill in
+    documents: int
+    rows: tuple[int, int]  # a batch of the language model's, of the continuations'
 
 
-FULL = Size((0, 1, 2), 4000, (1000, 2000, 4000), 400, 20_000, 512)
-QUICK = Size((0,), 100, (50, 100), 10, 400, 64)
+FULL = Size((0, 1, 2), 8000, (2000, 8000), 800, 200_000, (48, 128))
+QUICK = Size((0,), 100, (50, 100), 12, 2000, (8, 8))
 
 
 def lookup_corpus(folder: Path, size: Size) -> LookupGrammar:
@@ -51,7 +50,7 @@ def lookup_corpus(folder: Path, size: Size) -> LookupGrammar:
     if not (folder / "corpus.jsonl").exists():
         folder.mkdir(parents=True, exist_ok=True)
         grammar.tokenizer((*SENTINELS, *MODES.values())).save_pretrained(folder / "tokenizer")
-        lines = (json.dumps({"id": d.id, "text": d.text}) for d in grammar.documents(size.grammar_documents, 16))
+        lines = (json.dumps({"id": d.id, "text": d.text}) for d in grammar.documents(size.documents, 1))
         (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     return grammar
 
@@ -59,9 +58,10 @@ def lookup_corpus(folder: Path, size: Size) -> LookupGrammar:
 def lookup_recipe(
     name: str, folder: Path, size: Size, seed: int, steps: int, source: str | None, objective: dict[str, Any]
 ) -> Recipe:
-    """A Llama of 0.5 M parameters on look-ups: from scratch at a constant rate, or on from a checkpoint to its end."""
+    """A Llama of 0.14 M parameters on look-ups: from scratch at a constant rate, or on from a checkpoint to its end."""
     fresh = source is None
     constant = {"name": "constant", "warmup": min(1.0, 60 / steps)}
+    every = {"at": sorted({*size.branches, *(size.lm_steps // 2**k for k in range(6))})} if fresh else {}
     return read_recipe(
         {
             "name": name,
@@ -69,55 +69,59 @@ def lookup_recipe(
             "data": {
                 "corpus": str(folder / "corpus.jsonl"),
                 "tokenizer": str(folder / "tokenizer"),
-                "length": 32,
-                "rows": 48,
+                "length": 40,
+                "rows": size.rows[0 if fresh else 1],
+                "held_out": 0,  # there are 256 sentences, and all are asked about
                 "seed": seed if fresh else 1000 + seed,
             },
             "objective": objective,
-            "optimizer": {"name": "adamw", "lr": 4e-3, "betas": [0.9, 0.99], "weight_decay": 0.01},
-            "schedule": constant if fresh else {"name": "cosine", "warmup": 0.05, "final": 0.05},
+            "optimizer": {
+                "name": "adamw",
+                "lr": 3e-3 if fresh else 5e-3,
+                "betas": [0.9, 0.99],
+                "weight_decay": 0.01,
+            },
+            "schedule": constant if fresh else {"name": "cosine", "warmup": 0.05, "final": 0.0},
             "steps": steps,
-            "checkpoints": {"log": False, "every": steps, "at": list(size.branches), "keep_state": "last"},
-            "evaluate": {"every": max(1, steps // 40), "batches": 8},
+            "checkpoints": {"log": False, "every": steps if fresh else steps // LOOKS, "keep_state": "last"} | every,
             "seed": seed,
         }
     )
 
 
 class Asked:
-    """What a model of look-ups is asked; the same for all."""
+    """What a model of look-ups is asked: every sentence there is."""
 
-    def __init__(self, grammar: LookupGrammar, recipe: Recipe, rows: int) -> None:
-        self.grammar = grammar
-        self.ids, self.starts = grammar.rows(rows, 10)
-        order = data_of(recipe).held_out
-        assert order is not None
-        self.batches = [order.batch(step) for step in range(8)]
+    def __init__(self, grammar: LookupGrammar, end: int) -> None:
+        self.size, self.table = grammar.size, grammar.table
+        ids = grammar.every()
+        self.ids = np.concatenate([ids, np.full((len(ids), 1), end)], axis=1)
         self.middle = np.arange(grammar.size, 2 * grammar.size)
 
     def infill(self, model: Model, mode: Literal["R"] | None, mask: Literal["prefix", "causal"]) -> float:
-        """Accuracy of the hidden m among the m's, a and b given."""
-        return infill(model, self.ids, self.starts, mode=mode, mask=mask, among=self.middle).accuracy
+        """Share of all sentences whose hidden m is told among the m's, a and b given."""
+        at = np.ones(len(self.ids), dtype=np.int64)
+        return infill(model, self.ids, at, mode=mode, mask=mask, among=self.middle).accuracy
 
     def lm_loss(self, model: Model) -> float:
-        """Left-to-right loss on held-out text, nats a token."""
-        total = count = 0.0
-        for batch in self.batches:
-            ids = torch.from_numpy(np.ascontiguousarray(batch.ids))
-            keep = torch.from_numpy(batch.segments[:, 1:] >= 0)
-            chance = model.logits(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-            total, count = total - float(chance[keep].sum()), count + float(keep.sum())
-        return total / count
+        """Left-to-right loss over all sentences, nats a token; with U-PaLM's mode before them where that is better."""
+        tokenizer: Any = model.tokenizer
+        mode = tokenizer.convert_tokens_to_ids(MODES["mode_s"])
+        return min(self._loss(model, first) for first in ([], [mode]))
 
-    def by_ranking(self, model: Model, rows: int = 64) -> float:
-        """Accuracy of the m that makes the whole text likeliest: what a left-to-right model knows without infilling."""
-        ids, at = self.ids[:rows], self.starts[:rows]
-        every = np.repeat(ids[:, None], self.grammar.size, axis=1)  # (row, candidate, pos)
-        every[np.arange(len(ids))[:, None], np.arange(self.grammar.size), at[:, None]] = self.middle
-        flat = torch.from_numpy(every.reshape(-1, ids.shape[1]))
+    def _loss(self, model: Model, first: list[int]) -> float:
+        ids = torch.from_numpy(np.insert(self.ids, 0, first[0], axis=1) if first else self.ids)
+        chance = model.logits(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return -float(chance[:, len(first) :].mean())
+
+    def by_ranking(self, model: Model) -> float:
+        """Share of sentences whose m makes the whole likeliest: what a left-to-right model knows without infilling."""
+        every = np.repeat(self.ids[:, None], self.size, axis=1)  # (sentence, candidate, pos)
+        every[:, np.arange(self.size), 1] = self.middle
+        flat = torch.from_numpy(every.reshape(-1, every.shape[-1]))
         chance = model.logits(flat[:, :-1]).log_softmax(-1).gather(-1, flat[:, 1:, None])[..., 0].sum(1)
-        best = chance.reshape(len(ids), -1).argmax(1).numpy()
-        return float((self.middle[best] == ids[np.arange(len(ids)), at]).mean())
+        best = chance.reshape(len(self.ids), -1).argmax(1).numpy()
+        return float((self.middle[best] == self.ids[:, 1]).mean())
 
 
 @dataclass(frozen=True)
@@ -131,20 +135,23 @@ class Branch:
     after: tuple[float, float]
     twin: tuple[float, float]
     saved: float | None  # operations the language model takes to that loss, over those of branch and UL2R together
+    path: tuple[float, ...]  # infill accuracy at each look of the continuation
 
 
 def branches(size: Size, seed: int, name: str) -> list[Branch]:
     """The language model of a seed, and both continuations from each branch point."""
     folder = RUNS / name / "lookup"
     grammar = lookup_corpus(folder, size)
-    first = lookup_recipe(f"lookup-lm-{seed}", folder, size, seed, size.lm_steps, None, {"name": "causal-lm"})
-    base = trained(first, name)
-    asked = Asked(grammar, first, size.asked)
+    base = trained(lookup_recipe(f"lookup-lm-{seed}", folder, size, seed, size.lm_steps, None, CAUSAL), name)
+    tokenizer: Any = vesalius.open(f"{base}@last").tokenizer
+    asked = Asked(grammar, tokenizer.eos_token_id)
+    steps = [int(p.name[4:]) for p in sorted((base / "steps").iterdir()) if p.name.startswith("step")]
+    curve = [(s, asked.lm_loss(vesalius.open(f"{base}@step{s}"))) for s in sorted(steps)]
     found = []
-    for step in size.branches:
+    for step in size.branches if seed == size.seeds[0] else size.branches[-1:]:
         start = f"{base}@step{step}"
         runs = {}
-        for what, objective in (("ul2r", UL2R), ("twin", {"name": "causal-lm"})):
+        for what, objective in (("ul2r", UL2R), ("twin", CAUSAL)):
             recipe = lookup_recipe(
                 f"lookup-{what}-{step}-{seed}", folder, size, seed, size.ul2r_steps, start, objective
             )
@@ -153,8 +160,10 @@ def branches(size: Size, seed: int, name: str) -> list[Branch]:
         # whatever way of asking suits a causal model best counts for it
         causal = {k: max(asked.infill(models[k], m, "causal") for m in (None, "R")) for k in ("before", "twin")}
         losses = {k: asked.lm_loss(m) for k, m in models.items()}
+        looks = [size.ul2r_steps * i // LOOKS for i in range(1, LOOKS + 1)]
+        path = [asked.infill(vesalius.open(f"{runs['ul2r']}@step{s}"), "R", "prefix") for s in looks]
         cost = step * flops_a_step(base) + size.ul2r_steps * flops_a_step(runs["ul2r"])
-        reached = steps_to(held_out(base), losses["ul2r"])
+        reached = steps_to(np.array(curve).T, losses["ul2r"])
         saved = None if reached is None else reached * flops_a_step(base) / cost
         found.append(
             Branch(
@@ -162,9 +171,10 @@ def branches(size: Size, seed: int, name: str) -> list[Branch]:
                 step,
                 (causal["before"], losses["before"]),
                 asked.by_ranking(models["before"]),
-                (asked.infill(models["ul2r"], "R", "prefix"), losses["ul2r"]),
+                (path[-1], losses["ul2r"]),
                 (causal["twin"], losses["twin"]),
                 saved,
+                tuple(path),
             )
         )
     return found
@@ -213,31 +223,40 @@ def ul2r(size: Size, folder: str) -> list[str]:
         told = f"{math.exp(mean):.2f} [{math.exp(low):.2f}, {math.exp(high):.2f}] over {len(ratios)} pairs"
     else:
         told = f"{len(ratios)} pairs, too few for an interval"
+    total = [size.rows[1] * size.ul2r_steps, size.rows[0] * size.lm_steps]
     return [
         "## UL2R on a language of look-ups",
-        "Sentences a m b with m = table[a, b], a Latin square of 16 x 16 (`vesalius.corpus.grammar`). "
-        f"A Llama of 3 layers of 96, 48 rows of 32 tokens a step, AdamW at 4e-3; {size.lm_steps} steps from the "
-        f"left, then {size.ul2r_steps} steps of `ul2` or, for the twin, of the same again, both with a fresh "
-        f"optimizer, the same rows and a cosine. {UL2R_TOLD} {size.asked} rows of 10 sentences, one inner m hidden "
-        "behind a sentinel, chosen among the 16 m's (chance .06); causal models are asked with and without a mode "
-        "token, the better counts.",
+        "A document is one sentence a m b with m = table[a, b], a Latin square of 16 x 16 (`vesalius.corpus.grammar`): "
+        "from the left m is as uncertain as a, and b follows from both; filled in from both sides m is certain. "
+        f"A Llama of 2 layers of 64 reads rows of 40 tokens, no document another; {size.lm_steps:,} steps of "
+        f"{size.rows[0]} rows from the left at 3e-3, then {size.ul2r_steps} steps of {size.rows[1]} rows of `ul2` or, "
+        "for the twin, of the same again, both at 5e-3 with a fresh optimizer and a cosine "
+        f"({total[0] / total[1]:.0%} of the rows before, since few of the denoisers' spans hide just the m). The "
+        "mixture is U-PaLM's. All 256 sentences are asked about, the m hidden behind a sentinel and chosen among the "
+        "16 m's (chance .06); causal models are asked with and without a mode token, the better counts, and so for "
+        "left-to-right loss.",
         table(["what was asked (last branch point)", "what came out", ""], claims),
         table(
             ["seed", "branch", "infill before", "ranked", "after UL2R", "twin", "loss before", "after UL2R", "twin"]
             + ["compute of equal loss"],
             rows,
         ),
-        "`ranked` is the accuracy of the m that makes the whole text likeliest before UL2R: whether the language "
+        "`ranked` is the accuracy of the m that makes the whole sentence likeliest before UL2R: whether the language "
         "model knows the table, though it cannot be asked for it. Losses are left-to-right, nats a token "
-        f"(the entropy of the text is about {2 * math.log(16) / 3:.2f}). The last column is what the language model "
-        "alone spends to come to the "
-        f"same left-to-right loss, over what was spent on the branch and UL2R together: {told}. Below 1, UL2R saves "
-        "nothing by this score: a language without redundancy has little to gain from infilling but infilling itself.",
+        f"(at best {math.log(16) / 3:.3f}: the first token is not foretold, and m is uncertain). The last column is "
+        "what the language model alone spends to come to the same left-to-right loss, over what was spent on the "
+        f"branch and UL2R together: {told}. Below 1, UL2R saves nothing by this score: a language without redundancy "
+        "has little to gain from infilling but infilling itself.",
+        "Infilling by steps of UL2R; it comes late and then at once:",
+        table(
+            ["seed", "branch", *(f"{size.ul2r_steps * i // LOOKS}" for i in range(1, LOOKS + 1))],
+            [[b.seed, b.step, *(f"{x:.2f}" for x in b.path)] for b in found],
+        ),
     ]
 
 
 def main() -> None:
-    """Trains everything (ten minutes on one core) and writes docs/results/train-ul2r.md."""
+    """Trains everything (forty minutes on one core) and writes docs/results/train-ul2r.md."""
     quick = is_quick(__doc__)
     size = QUICK if quick else FULL
     body = ul2r(size, "ul2r-quick" if quick else "ul2r")

@@ -43,3 +43,10 @@ def test_a_table_or_row_too_small_to_ask_about_is_refused():
         LookupGrammar(1)
     with pytest.raises(CorpusError, match="inner"):
         LookupGrammar(4).rows(1, 2)
+
+
+def test_every_sentence_is_listed_once():
+    grammar = LookupGrammar(5, seed=2)
+    tokenizer, ids = grammar.tokenizer(), grammar.every()
+    told = {tokenizer.decode(row) for row in ids}
+    assert len(told) == len(ids) == 25 and told == {grammar.sentence(a, b) for a in range(5) for b in range(5)}

@@ -97,3 +97,8 @@ class LookupGrammar:
         ids = np.stack([a, self.size + self.table[a, b], 2 * self.size + b], axis=-1).reshape(n, -1)
         rng = np.random.default_rng([self.seed, *f"lookup places/{stream}".encode()])
         return ids.astype(np.int64), (3 * rng.integers(1, sentences - 1, n) + 1).astype(np.int64)
+
+    def every(self) -> Ids:
+        """All sentences as tokens of `tokenizer`, (size * size, 3): a, m, b."""
+        a, b = np.divmod(np.arange(self.size**2), self.size)
+        return np.stack([a, self.size + self.table[a, b], 2 * self.size + b], axis=1).astype(np.int64)
