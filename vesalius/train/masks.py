@@ -230,7 +230,7 @@ def attention_inputs(mask: Mask, model: nn.Module, restart_positions: bool = Fal
         return given
     if config.is_encoder_decoder:
         raise VesaliusError(
-            f"the stock {family} reads its encoder through the encoder's own mask, so it cannot take packed documents; "
+            f"{family} reads its encoder through the encoder's own mask, so it cannot take packed documents; "
             "use masks.packed_inputs, or cross_document: allow"
         )
     given["attention_mask"] = lower(mask, plain)
