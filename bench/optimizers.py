@@ -45,6 +45,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD of torch, fused": ("sgdm", {}),
     "Adan, as chosen": ("adan", {}),
     "Adan, foreach": ("adan", {"foreach": True}),
+    "Adan, fused": ("adan", {"fused": True}),
     "SGD-SaI, as chosen": ("sgd-sai", {}),
     "SGD-SaI, foreach": ("sgd-sai", {"foreach": True}),
     "PaLM's Adafactor": ("palm", {}),

@@ -1,11 +1,12 @@
 """`make bench-train`: tokens a second and peak memory of training, against a plain loop and Hugging Face's Trainer.
 
-    python -m bench.training [--rounds 3] [--steps 30] [--size 6x256] [--device cuda]
+    python -m bench.training [--steps 40] [--size 6x256] [--device cuda]
 
 The same stock GPT-NeoX from the same seed reads the same batches with AdamW, clipping at 1.0 and a cosine schedule.
-Every engine runs in its own process, in turns, so that a busy moment meets all of them. Speed is the median over all
-steps but the first five of each process; memory is the largest resident set (on a GPU, the largest allocation). That
-all three did the same work is checked by their last losses.
+Every engine has a process of its own, and they take turns step by step, so that a machine whose speed drifts slows all
+of them alike. Speed is the median over all steps but the first five, and the ratio the median of the ratios within each
+turn; memory is the largest resident set (on a GPU, the largest allocation). That all did the same work is checked by
+their last losses.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -53,6 +55,19 @@ def factor(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))
 
 
+class Turns:
+    """A process's turns: it waits for a line before each step and says when the step is done."""
+
+    def __enter__(self) -> None:
+        sys.stdin.readline()
+
+    def __exit__(self, *_: object) -> None:
+        print("done", flush=True)
+
+
+TURN = Turns()
+
+
 # -- the plain loop: what one writes without a library
 
 
@@ -66,18 +81,19 @@ def plain(size: str, steps: int, device: str) -> tuple[list[float], float]:
     data = rows_of(steps)
     seconds, loss = [], torch.zeros(())
     for step in range(steps):
-        began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = LR * factor(step, steps)
-        rows = data[step].to(device)
-        logits = model(input_ids=rows[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        last = loss.item()
-        seconds.append(time.perf_counter() - began)
+        with TURN:
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = LR * factor(step, steps)
+            rows = data[step].to(device)
+            logits = model(input_ids=rows[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            last = loss.item()
+            seconds.append(time.perf_counter() - began)
     return seconds, last
 
 
@@ -114,8 +130,11 @@ def vesalius(size: str, steps: int, device: str, exact: bool = False) -> tuple[l
     optimizer = make_optimizer("adamw", model, lr=LR, betas=(0.9, 0.95), weight_decay=0.1, no_decay=("vector",))
     objective = make_objective("causal-lm", Needs(VOCABULARY))
     trainer = Trainer(model, Rows(steps), objective, optimizer, lambda s: factor(s, steps))
+    logs, made = [], trainer.steps(steps)
     with deterministic(exact):
-        logs = list(trainer.steps(steps))
+        for _ in range(steps):
+            with TURN:
+                logs.append(next(made))
     return [log.seconds for log in logs], logs[-1].loss
 
 
@@ -135,10 +154,12 @@ def hf(size: str, steps: int, device: str) -> tuple[list[float], float]:
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
+            TURN.__enter__()
             times.append(-time.perf_counter())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times[-1] += time.perf_counter()
+            TURN.__exit__()
 
         def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
             losses.extend([logs["loss"]] if logs and "loss" in logs else [])
@@ -186,8 +207,7 @@ def one(engine: str, size: str, steps: int, device: str, exact: bool) -> dict[st
 def main() -> int:
     """Command line."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=3, help="processes of each engine, in turns")
-    options.add_argument("--steps", type=int, default=30, help="steps of each process")
+    options.add_argument("--steps", type=int, default=40, help="steps of each engine")
     options.add_argument("--size", default="6x256", help="layers x width")
     options.add_argument("--device", default="cpu")
     options.add_argument("--out", type=Path, default=Path("bench/out"))
@@ -197,15 +217,7 @@ def main() -> int:
     if args.engine:
         print(json.dumps(one(args.engine, args.size, args.steps, args.device, args.exact)))
         return 0
-    labels = [*ENGINES, "exact"]
-    found: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
-    for _ in range(args.rounds):
-        for label in labels:
-            command = [sys.executable, "-m", "bench.training", "--engine", "vesalius" if label == "exact" else label]
-            command += ["--steps", str(args.steps), "--size", args.size, "--device", args.device]
-            command += ["--exact"] if label == "exact" else []
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[label].append(json.loads(done.stdout.splitlines()[-1]))
+    found = in_turns(args)
     text = render(found, args)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "training.md").write_text(text)
@@ -213,23 +225,54 @@ def main() -> int:
     return 0
 
 
-def render(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> str:
+def in_turns(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What every engine measured, all alive at once and stepping one after the other."""
+    processes = {}
+    for label in (*ENGINES, "exact"):
+        command = [sys.executable, "-m", "bench.training", "--engine", "vesalius" if label == "exact" else label]
+        command += ["--steps", str(args.steps), "--size", args.size, "--device", args.device]
+        command += ["--exact"] if label == "exact" else []
+        environment = os.environ | {"OMP_WAIT_POLICY": "passive"}  # who waits does not spin
+        processes[label] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+    for _ in range(args.steps):
+        for label, process in processes.items():
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            while (line := process.stdout.readline()) != "done\n":
+                if not line:
+                    raise SystemExit(f"the engine '{label}' ended early")
+    found = {}
+    for label, process in processes.items():
+        assert process.stdout is not None
+        found[label] = json.loads(process.stdout.read().splitlines()[-1])
+        process.wait()
+    return found
+
+
+def render(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
     """The Markdown table."""
     tokens = ROWS * LENGTH
-    speed = {k: tokens / statistics.median([s for r in runs for s in r["seconds"]]) for k, runs in found.items()}
+    plain_seconds = found["plain"]["seconds"]
     lines = [
         f"# Training GPT-NeoX {args.size}, vocabulary {VOCABULARY}, {ROWS} x {LENGTH} tokens a step, {args.device}",
         "",
-        f"Median of {args.rounds} x {args.steps - WARM_UP} steps, engines in turns, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads.",
+        f"Median of {args.steps - WARM_UP} steps taken in turns, torch {torch.__version__}, {torch.get_num_threads()} "
+        "threads; the ratio is the median of the turns' own, with its quartiles.",
         "",
         "| | tokens/s | of the plain loop | peak MB | last loss |",
         "|---|---|---|---|---|",
     ]
     names = {**ENGINES, "exact": "Vesalius, deterministic mode (its default on a CPU)"}
-    for label, runs in found.items():
-        ratio, peak = speed[label] / speed["plain"], max(r["peak"] for r in runs) / MB
-        lines.append(f"| {names[label]} | {speed[label]:,.0f} | {ratio:.3f} | {peak:,.0f} | {runs[0]['loss']:.6f} |")
+    for label, run in found.items():
+        speed = tokens / statistics.median(run["seconds"])
+        low, ratio, high = statistics.quantiles(
+            [p / s for p, s in zip(plain_seconds, run["seconds"], strict=True)], n=4, method="inclusive"
+        )
+        told = "1.000" if label == "plain" else f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
+        lines.append(f"| {names[label]} | {speed:,.0f} | {told} | {run['peak'] / MB:,.0f} | {run['loss']:.6f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -253,9 +253,9 @@ def ul2r(size: Size, folder: str) -> list[str]:
             [[b.seed, b.step, *(f"{x:.2f}" for x in b.path)] for b in found],
         ),
         "What decides is how long the language model was trained before: from 500 steps on, the look-ups are learnt "
-        "the other way round within 800 steps; from 2,000 or 8,000 steps on, nothing stirs in as many (nor at two and four "
-        "times the rate, tried with the last). A model whose loss could not fall for thousands of steps seems to have "
-        "lost what it would learn with, as in work on loss of plasticity; U-PaLM's was still learning.",
+        "the other way round within 800 steps; from 2,000 or 8,000 steps on, nothing stirs in as many (nor at two and "
+        "four times the rate, tried with the last). A model whose loss could not fall for thousands of steps seems to "
+        "have lost what it would learn with, as in work on loss of plasticity; U-PaLM's was still learning.",
     ]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from typing import Any
+
 import pytest
 import torch
 from optimizer_rules import (
@@ -16,7 +19,9 @@ from optimizer_rules import (
     tolerance,
 )
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
+from vesalius.errors import VesaliusError
 from vesalius.train.optimizers.adan import Adan
 from vesalius.train.optimizers.conda import Conda
 from vesalius.train.optimizers.palm import PaLMAdafactor
@@ -36,6 +41,28 @@ def test_adan_is_the_published_rule(
     p = start(problem, dtype)
     made = Adan(p, lr=1e-2, weight_decay=0.1, no_prox=no_prox, max_grad_norm=limit, foreach=foreach)
     assert follow(problem, ScalarAdan(1e-2, 0.1, no_prox, limit), made, p) < tolerance(dtype)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_one_compiled_kernel_is_the_published_rule() -> None:
+    for no_prox, limit in ((False, 0.0), (True, 0.5)):
+        p = start("net", torch.float32)
+        made = Adan(p, lr=1e-2, weight_decay=0.1, no_prox=no_prox, max_grad_norm=limit, fused=True)
+        assert follow("net", ScalarAdan(1e-2, 0.1, no_prox, limit), made, p) < tolerance(torch.float32)
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> None:
+        raise TorchDynamoException("no g++ here")
+
+    monkeypatch.setattr("vesalius.train.optimizers.adan._kernel", lambda: missing)
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.raises(VesaliusError, match="compiler .* leave fused out"):
+        Adan([p], fused=True).step()
+    assert p.tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(VesaliusError, match="either fused or foreach"):
+        Adan([p], fused=True, foreach=True)
 
 
 def test_the_two_decays_and_the_clip_are_not_the_same_thing() -> None:
