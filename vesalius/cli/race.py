@@ -53,8 +53,8 @@ def race(
 ) -> None:
     """Race optimizers (or models) at equal cost, each tuned over a grid of the same size, over several seeds.
 
-    Every run is reported, the table's control included; a competitor whose best learning rate lies at the end of its
-    grid is marked. An interrupted race goes on after its last finished run.
+    Every run is reported, the table's control included; of a competitor whose best learning rate lies at the end of
+    its grid a note says so. An interrupted race goes on after its last finished run.
     """
     from vesalius.report import race_report
     from vesalius.train import race as r
@@ -179,7 +179,8 @@ def _show(screen: Screen, run: Run) -> None:
     summary = run.json("summary")
     place = {"run": str(run.folder), "report": str(run.folder / "report.html")}
     lines: list[Any] = ["\nbest learning rate of each, over the seeds (held-out loss in nats; grid: by rising rate):"]
-    lines += [table.drop(columns="edge"), *[f"note: {n}" for n in summary["notes"]]]
+    rates = [f"{rate:g}" for rate in table["lr"]]  # three decimals would say .001 for .0006
+    lines += [table.drop(columns="edge").assign(lr=rates), *[f"note: {n}" for n in summary["notes"]]]
     lines += [f"\nrun     {place['run']}", f"report  {place['report']}"]
     laps = run.table("laps_table")
     screen.show(summary | {"standings": table.to_dict("records"), "laps": laps.to_dict("records")} | place, *lines)
