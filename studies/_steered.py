@@ -1,16 +1,17 @@
-"""Steered text and its judges: a lexicon, perplexity, variety. Shared by studies of steering."""
+"""Steering by a concept's axis, and its judges: a lexicon, perplexity, variety. No text is shown, only its measures."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _page import table
 
-from vesalius.features import AxisGuard, direction
+from vesalius.features import AxisGuard, direction, pushed
 from vesalius.features.bias import continuations
 from vesalius.features.directions import Axis, random_line
 from vesalius.model import Model
@@ -50,11 +51,112 @@ PROMPTS = (
 )
 
 
+class Amount(NamedTuple):
+    """How much is written."""
+
+    prompts: int
+    samples: int
+    tokens: int
+    thresholds: tuple[float, ...]
+    random_axes: int
+    pushes: tuple[float, ...]
+
+
+def steering(encoder: Model, writer: Model, size: Amount) -> tuple[list[list[str]], list[str]]:
+    """A guard by an encoder's axis and a push along the writer's own, judged by a lexicon that knows neither.
+
+    Returns:
+        rows of (check, asked, came out, verdict), and the body of the page.
+    """
+    prompts = [p for p in PROMPTS[: size.prompts] for _ in range(size.samples)]
+    plain = written(writer, prompts, size.tokens)
+    base = measures(writer, prompts, plain)
+    whole = [f"{p}{t}" for p, t in zip(prompts, plain, strict=True)]
+    rows = [row("not steered (20 likeliest tokens)", base, base, None)]
+    found: dict[str, Any] = {}
+
+    def guarded(name: str, label: str, axis: Axis, threshold: float) -> None:
+        guard = AxisGuard(axis, encoder, writer.tokenizer, threshold=threshold, draw=torch.Generator())
+        found[name] = measures(writer, prompts, written(writer, prompts, size.tokens, guard))
+        rows.append(row(label, found[name], base, guard))
+
+    for name, method in (("moral", "pca"), ("sentiment", "mean-difference")):
+        axis = direction(encoder, name, method, templates=[], permutations=0, draws=0)
+        for threshold in size.thresholds:
+            guarded(f"{name} {threshold:g}", f"guard, {name}, threshold {threshold:g}", axis, threshold)
+        share = float(np.mean(axis.score(encoder, whole) < size.thresholds[-1]))
+        for seed in range(size.random_axes if name == "moral" else 0):
+            drawn = random_axis(encoder, name, seed)
+            # As strict as the largest threshold: it lies at the same quantile of what is written unsteered.
+            at = float(np.quantile(drawn.score(encoder, whole), share))
+            guarded(f"random {seed}", f"guard, random axis {seed}, as strict", drawn, at)
+    layer = writer.n_layers // 2
+    own = direction(writer, "sentiment", "mean-difference", f"mean@{layer}", permutations=0, draws=0)
+    for strength in size.pushes:
+        with pushed(writer, own, strength):
+            found[f"push {strength:g}"] = measures(writer, prompts, written(writer, prompts, size.tokens))
+        rows.append(row(f"push, sentiment at block {layer}, {strength:g}", found[f"push {strength:g}"], base, None))
+    claims = []
+    for name in ("moral", "sentiment", "push"):
+        mine = [k for k in found if k.startswith(name)]
+        within = [k for k in mine if fluent(found[k], base)]
+        best = max(within or mine, key=lambda k: float(found[k]["judge"]))
+        rise, ppl, distinct = changes(found[best], base)
+        low, high = interval(found[best]["scores"] - base["scores"], size.samples)
+        how = "a push along its own sentiment axis" if name == "push" else f"a guard by MiniLM's {name} axis"
+        claims.append(
+            [
+                "18.3",
+                f"SmolLM2 steered by {how}: a lexicon's score rises by 0.5 sd, perplexity by 20 % at most, distinct-2 "
+                "stays within 10 %",
+                f"{rise:+.2f} sd [{low / base['sd']:.2f}, {high / base['sd']:.2f}], perplexity x {ppl:.2f}, distinct-2 "
+                f"x {distinct:.2f} (at {best.partition(' ')[2]}, the best of {len(mine)} settings"
+                f"{'' if within else '; none is within the bounds'})",
+                "holds" if rise >= 0.5 and best in within else "does not hold",
+            ]
+        )
+    rises = [(changes(found[k], base)[0], *interval(found[k]["scores"] - base["scores"], size.samples))
+             for k in found if k.startswith("random")]  # fmt: skip
+    told = [f"{r:+.2f} [{low / base['sd']:.2f}, {high / base['sd']:.2f}]" for r, low, high in rises]
+    same = all(low <= 0 <= high for _, low, high in rises)
+    claims.append(
+        [
+            "18.3",
+            "a random axis changes nothing",
+            f"{', '.join(told)} sd (0 within the intervals: {'yes' if same else 'no'})",
+            "holds" if same else "does not hold",
+        ]
+    )
+    heads = ["", "lexicon", "change (sd)", "perplexity", "distinct-2", "ruled out", "rescued"]
+    return claims, [
+        "## Steering SmolLM2-135M",
+        table(heads, rows),
+        f"{size.prompts} openings, {size.samples} samples of {size.tokens} tokens each ({len(prompts)} texts, seed 0). "
+        "Lexicon: mean compound score of VADER, which rates words by hand-made valences and knows neither encoder nor "
+        "concept; sd is that of the unsteered texts' scores. Perplexity of what was written under the model as it is; "
+        "distinct-2: different pairs of words among all. Ruled out: of the candidates judged; rescued: steps on which "
+        "none was good enough and the best was taken. The guard's axes are found from phrases as they stand (moral: "
+        "the first component; sentiment: the mean difference, since the first component of its phrases is a topic); "
+        "random ones are set as strict as the largest threshold. A push of 1 is the distance between the poles' means. "
+        "The texts themselves are not shown.",
+        "A guard raises the lexicon's score, a part of it as a random axis as strict does, and ruling candidates out "
+        "costs perplexity whatever the axis; a push along the model's own axis reaches more at no cost.",
+    ]
+
+
+def fluent(one: dict[str, Any], base: dict[str, Any]) -> bool:
+    """Whether perplexity and variety stay where they are asked to."""
+    _, ppl, distinct = changes(one, base)
+    return ppl <= 1.2 and abs(distinct - 1) <= 0.1
+
+
 def written(writer: Model, prompts: Sequence[str], tokens: int, guard: AxisGuard | None = None) -> list[str]:
     """What the model writes after each prompt, in batches; the same seeds whatever steers."""
     out: list[str] = []
     processors = [guard] if guard is not None else None
     for begin in range(0, len(prompts), 30):
+        if guard is not None and guard.draw is not None:
+            guard.draw.manual_seed(begin)
         some = prompts[begin : begin + 30]
         out += continuations(writer, some, tokens, begin, top_k=20, logits_processor=processors)
     return out

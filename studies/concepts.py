@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from _page import table, write
+from _page import RUNS, look_inside, table, write
 from _runs import is_quick
-from _steered import PROMPTS, changes, interval, measures, random_axis, row, written
+from _steered import Amount, steering
 from scipy import stats
 
 import vesalius
-from vesalius.features import AxisGuard, concept, direction, directions, probe, pushed
+from vesalius.features import concept, directions, probe
 from vesalius.features.bias import (
     Corpus,
     Gendered,
@@ -33,6 +34,7 @@ from vesalius.features.bias import (
 from vesalius.features.directions import AXES
 from vesalius.features.vectors import vectors
 from vesalius.model import Model
+from vesalius.records import dump, write_atomic
 
 # Words that everybody knows and that name no one's good or bad: the first component of these is about nothing moral.
 NOUNS = """
@@ -43,25 +45,26 @@ beach cloud rain snow wind sand stone brick marble copper iron silver cotton woo
 anchor sail paddle lantern candle kettle saucepan
 """.split()  # noqa: SIM905  # a list of eighty lines would say no more
 
+CONCEPTS = ("moral", "politeness", "formality", "sentiment")
+
+
+METHODS = ("pca", "mean-difference", "lda", "logistic", "random")
+
 
 @dataclass(frozen=True)
 class Size:
     """How large the study is."""
 
     permutations: int
-    prompts: int
-    samples: int
-    tokens: int
-    thresholds: tuple[float, ...]
-    random_axes: int
-    pushes: tuple[float, ...]
+    steering: Amount
     suggestions: int
     null_tests: int
+    concepts: tuple[str, ...]  # found in the language model too
     layers: str | tuple[int, ...]
 
 
-FULL = Size(200, 30, 5, 20, (0.0, 0.1, 0.2), 2, (2.0, 4.0, 8.0), 200, 500, "all")
-QUICK = Size(10, 3, 2, 6, (0.1,), 1, (4.0,), 24, 40, (5, 25))
+FULL = Size(200, Amount(30, 5, 12, (0.0, 0.1), 2, (2.0, 4.0)), 200, 500, CONCEPTS, "all")
+QUICK = Size(10, Amount(3, 2, 6, (0.1,), 1, (4.0,)), 24, 40, ("sentiment",), (5, 25))
 
 
 def holds(good: bool) -> str:
@@ -83,32 +86,29 @@ class Checks:
 # -- directions
 
 
-def axes(encoder: Model, size: Size, checks: Checks) -> list[str]:
-    """Every concept by every method, in an encoder."""
+def found_in(model: Model, names: Sequence[str], n: int) -> tuple[list[list[str]], dict[str, Any]]:
+    """Every concept by every method in one model: rows of the table, and the quality of each axis."""
     rows = []
     kept: dict[str, Any] = {}
-    others = ["lda", "logistic", "random"]
-    for name in ("moral", "politeness", "formality", "sentiment"):
-        n = size.permutations
-        found = [f.axis for f in directions(encoder, name, ["pca", *others], permutations=n, draws=n, seed=0)]
-        found.insert(1, direction(encoder, name, "mean-difference", permutations=n, draws=n, seed=0))
-        for axis in found:
+    for name in names:
+        for axis, _ in directions(model, name, METHODS, permutations=n, draws=n, seed=0):
             q = kept[f"{name} {axis.method}"] = axis.quality
-            graded = f"{q['graded_spearman']:.2f}" if "graded_spearman" in q else "-"
-            told = f"{q['sign_accuracy']:.2f} [{q['low']:.2f}, {q['high']:.2f}]"
-            p = "-" if q["p"] is None else f"{q['p']:.3f}"
-            turned = "-" if not q["stability"] else f"{q['stability']['low']:.2f}"
-            line = [
-                name,
-                axis.method,
-                told,
-                p,
+            cells = [
+                f"{q['sign_accuracy']:.2f} [{q['low']:.2f}, {q['high']:.2f}]",
+                "-" if q["p"] is None else f"{q['p']:.3f}",
                 f"{q['explained']:.1%}",
                 f"{q['label_correlation']:.2f}",
-                turned,
-                graded,
+                f"{q['stability']['low']:.2f}" if q["stability"] else "-",
+                f"{q['graded_spearman']:.2f}" if "graded_spearman" in q else "-",
+                f"{q['pairs_right']} of {q['pairs_n']}",
             ]
-            rows.append([*line, f"{q['pairs_right']} of {q['pairs_n']}"])
+            rows.append([name, axis.method, *cells])
+    return rows, kept
+
+
+def axes(encoder: Model, writer: Model, size: Size, checks: Checks) -> list[str]:
+    """Every concept by every method, in an encoder and in a language model."""
+    rows, kept = found_in(encoder, CONCEPTS, size.permutations)
     first, mean = kept["moral pca"], kept["moral mean-difference"]
     checks.add(
         "18.1",
@@ -136,10 +136,9 @@ def axes(encoder: Model, size: Size, checks: Checks) -> list[str]:
     checks.add(
         "18.1",
         "the first component of 80 nouns correlates with no random halving by more than .25",
-        f"with 97.5 % of 1,000 halvings by at most {np.quantile(largest, 0.975):.2f}, with "
-        f"{np.mean(largest <= 0.25):.1%} "
-        f"by at most .25 (a halving drawn of 80 exceeds it in 2.5 % of cases by chance), largest {largest.max():.2f}",
-        bool(np.mean(largest <= 0.25) >= 0.95),
+        f"with {np.mean(largest <= 0.25):.1%} of 1,000 halvings by at most .25, largest {largest.max():.2f}; by chance "
+        "alone 2.5 % exceed it, so that none does cannot be had of many",
+        bool(largest.max() <= 0.25),
     )
     cosines, signs = [], []
     for seed in range(5):
@@ -154,17 +153,23 @@ def axes(encoder: Model, size: Size, checks: Checks) -> list[str]:
         min(cosines) >= 0.95,
     )
     heads = ["concept", "method", "left out, right side", "p", "of the variance", "correlation", "stability", "rated"]
+    own, _ = found_in(writer, size.concepts, size.permutations)
     return [
         "## Directions in MiniLM",
         table([*heads, "pairs"], rows),
-        f"Seed 0; p with {size.permutations} shuffles of the labels; stability is the 2.5 % quantile of the cosine "
-        "between "
-        "the axis and one of resampled phrases; rated: rank correlation with held-out ratings; pairs: held-out ones "
-        "the "
-        "right way round. The paired concepts leave out both wordings at once.",
-        'Of the 60 rated phrases those that *name* something bad while doing good ("save a drowning child", "stand up '
-        'for a victim") score low, and bad things in mild words ("shout at a waiter", "forget a birthday") high: the '
-        "axis hears words more than deeds. That is why the rank correlation stays below what single verbs promise.",
+        f"Seed 0. Left out, right side: with 95 % interval; phrases of a pair are left out together. p: of the first "
+        f"method, with {size.permutations} shuffles of the labels. Stability: the 2.5 % quantile of the cosine between "
+        "the axis and that of resampled phrases. Rated: rank correlation with ratings of 60 held-out phrases. Pairs: "
+        "held-out ones the right way round.",
+        "Of the 60 rated phrases those that *name* something bad while doing good (saving somebody from drowning, "
+        "standing up for a victim) score low, and bad things in mild words (forgetting a birthday) high: it hears "
+        "words more than deeds. That is why the rank correlation stays below what single verbs promise.",
+        "## Directions in SmolLM2-135M",
+        table([*heads, "pairs"], own),
+        "The same phrases, read as the mean over tokens after block 19 (two thirds of the depth, the default). "
+        "The first component is the moral axis here too. Of the other concepts, whose phrases differ in much else, it "
+        "turns when phrases are resampled, in both models, and for politeness and sentiment it is no better than "
+        "shuffled labels here: mean difference and logistic regression find those.",
     ]
 
 
@@ -191,80 +196,17 @@ def halvings(encoder: Model) -> Any:
     return np.array([abs(stats.pearsonr(first, rng.permutation(signs)).statistic) for _ in range(1000)])
 
 
-# -- steering
-
-
-def steering(encoder: Model, writer: Model, size: Size, checks: Checks) -> list[str]:
-    """A guard by an encoder's axis and a push along the writer's own, judged by a lexicon that knows neither."""
-    prompts = [p for p in PROMPTS[: size.prompts] for _ in range(size.samples)]
-    plain = written(writer, prompts, size.tokens)
-    base = measures(writer, prompts, plain)
-    rows = [row("not steered (20 likeliest tokens)", base, base, None)]
-    found: dict[str, Any] = {}
-    for name in ("moral", "sentiment"):
-        axis = direction(encoder, name, "pca", templates=[], permutations=0, draws=0)
-        whole = [f"{p}{t}" for p, t in zip(prompts, plain, strict=True)]
-        for threshold in size.thresholds:
-            guard = AxisGuard(axis, encoder, writer.tokenizer, threshold=threshold)
-            one = measures(writer, prompts, written(writer, prompts, size.tokens, guard))
-            rows.append(row(f"guard, {name}, threshold {threshold:g}", one, base, guard))
-            found[f"{name} {threshold:g}"] = one
-        share = float(np.mean(axis.score(encoder, whole) < size.thresholds[-1]))
-        for seed in range(size.random_axes if name == "moral" else 0):
-            drawn = random_axis(encoder, name, seed)
-            # As strict as the largest threshold: it lies at the same quantile of what is written unsteered.
-            at = float(np.quantile(drawn.score(encoder, whole), share))
-            guard = AxisGuard(drawn, encoder, writer.tokenizer, threshold=at)
-            one = measures(writer, prompts, written(writer, prompts, size.tokens, guard))
-            rows.append(row(f"guard, random axis {seed}, as strict", one, base, guard))
-            found[f"random {seed}"] = one
-    layer = writer.n_layers // 2
-    own = direction(writer, "sentiment", "mean-difference", f"mean@{layer}", permutations=0, draws=0)
-    for strength in size.pushes:
-        with pushed(writer, own, strength):
-            one = measures(writer, prompts, written(writer, prompts, size.tokens))
-        rows.append(row(f"push, sentiment at block {layer}, {strength:g}", one, base, None))
-    for name in ("moral", "sentiment"):
-        best = max((k for k in found if k.startswith(name)), key=lambda k: found[k]["judge"])
-        one = found[best]
-        rise, ppl, distinct = changes(one, base)
-        low, high = interval(one["scores"] - base["scores"], size.samples)
-        good = rise >= 0.5 and ppl <= 1.2 and abs(distinct - 1) <= 0.1
-        checks.add(
-            "18.3",
-            f"steering by the {name} axis: a lexicon's score rises by .5 sd, perplexity by 20 % at most, distinct-2 "
-            "stays "
-            "within 10 %",
-            f"threshold {best.partition(' ')[2]}: {rise:+.2f} sd [{low / base['sd']:.2f}, {high / base['sd']:.2f}], "
-            f"perplexity x {ppl:.2f}, distinct-2 x {distinct:.2f}",
-            good,
-        )
-    rises = [changes(found[k], base)[0] for k in found if k.startswith("random")]
-    checks.add(
-        "18.3",
-        "a random axis changes nothing",
-        f"{', '.join(f'{r:+.2f}' for r in rises)} sd",
-        all(abs(r) < 0.2 for r in rises),
-    )
-    heads = ["", "lexicon", "change (sd)", "perplexity", "distinct-2", "ruled out", "rescued"]
-    n = len(prompts)
-    return [
-        "## Steering SmolLM2-135M",
-        table(heads, rows),
-        f"{size.prompts} openings, {size.samples} samples of {size.tokens} tokens each ({n} texts, seed 0, the same "
-        "draws "
-        "for all). Lexicon: mean compound score of VADER, which rates words by hand-made valences and knows neither "
-        "encoder nor concept; perplexity of what was written under the model as it is; distinct-2: different pairs of "
-        "words among all. Ruled out: of the candidates; rescued: steps on which none was good enough. Axes of the "
-        "guard "
-        "are found from phrases as they stand. The random axis is set as strict as the largest threshold.",
-    ]
+def steered(encoder: Model, writer: Model, size: Size, checks: Checks) -> list[str]:
+    """Steering, in a file of its own."""
+    claims, body = steering(encoder, writer, size.steering)
+    checks.rows += claims
+    return body
 
 
 # -- the bias audit
 
 
-def planted(size: Size, checks: Checks) -> None:
+def planted(size: Size, checks: Checks) -> list[str]:
     """Association tests whose answer is known."""
     a, b = np.tile([1.0, 0.0, 0.0], (4, 1)), np.tile([0.0, 1.0, 0.0], (4, 1))
     rng = np.random.default_rng(0)
@@ -299,13 +241,13 @@ def planted(size: Size, checks: Checks) -> None:
     two, one, chance = scores
     checks.add(
         "20.3",
-        "a corpus in which 100 words stand twice as often by one gender scores ln 2 = .69 within .05, a balanced one "
-        ".1 at "
-        "most; the genbit package's scores to 1e-6 (five settings, a test of the library)",
+        "a corpus in which 100 words stand twice as often by one gender gives ln 2 = .69 within .05, a balanced one .1 "
+        "at most; the genbit package's scores to 1e-6 (five settings, a test of the library)",
         f"{two.score:.3f} and {one.score:.3f}; drawn at random, 40 of each word: {chance.score:.2f}, by its null "
         f"{chance.null:.2f}",
         abs(two.score - math.log(2)) <= 0.05 and one.score <= 0.1,
     )
+    return []
 
 
 def associations(encoder: Model, writer: Model, size: Size, checks: Checks) -> list[str]:
@@ -320,11 +262,10 @@ def associations(encoder: Model, writer: Model, size: Size, checks: Checks) -> l
     shuffled = shuffle(encoder)
     checks.add(
         "20.2",
-        "MiniLM: flowers and insects, WEAT and SEAT, d at least 1; shuffled words below .5",
+        "MiniLM: flowers and insects, WEAT and SEAT, d at least 1; shuffled words below .5 in size",
         f"WEAT 1 d {one['d']:.2f} [{one['low']:.2f}, {one['high']:.2f}] (p = {one['p']:.4f}), SEAT 1 d "
-        f"{seat_one['d']:.2f} (p = {seat_one['p']:.4f}); shuffled words |d| {np.mean(shuffled):.2f} on average, below "
-        ".5 "
-        f"in {np.mean(shuffled < 0.5):.0%} of 200 shuffles",
+        f"{seat_one['d']:.2f} (p = {seat_one['p']:.4f}); shuffled "
+        f"words {np.mean(shuffled):.2f} in size on average, below .5 in {np.mean(shuffled < 0.5):.0%} of 200 shuffles",
         one["d"] >= 1 and seat_one["d"] >= 1 and float(np.mean(shuffled)) < 0.5,
     )
     six = words.set_index("test").loc["6"]
@@ -335,11 +276,9 @@ def associations(encoder: Model, writer: Model, size: Size, checks: Checks) -> l
         "20.2",
         "SmolLM2's table of input embeddings shows nothing (WEAT 1 and 6); the layers are reported",
         f"d {table_one['d']:.2f} (p = {table_one['p']:.2f}) and {table_six['d']:.2f} (p = {table_six['p']:.2f}); in "
-        f"sentences test 1 is beyond chance from block {strong.get('1', '-')} on (largest d {peak.loc['1', 'd']:.2f} "
-        "at "
-        f"block {peak.loc['1', 'layer']}), test 6 from block {strong.get('6', '-')} on ({peak.loc['6', 'd']:.2f} at "
-        "block "
-        f"{peak.loc['6', 'layer']})",
+        f"sentences test 1 is first beyond chance at block {strong.get('1', '-')} (largest d {peak.loc['1', 'd']:.2f} "
+        f"at block {peak.loc['1', 'layer']}), test 6 at block {strong.get('6', '-')} ({peak.loc['6', 'd']:.2f} at "
+        f"block {peak.loc['6', 'layer']})",
         bool(table_one["p"] > 0.05 and table_six["p"] > 0.05),
     )
     both = pd.concat([words.assign(model="MiniLM"), seat.assign(model="MiniLM"), raw.assign(model="SmolLM2")])
@@ -364,8 +303,7 @@ def associations(encoder: Model, writer: Model, size: Size, checks: Checks) -> l
         table(["model", "test", "read", "d", "p", "p, Holm"], rows),
         "p is one-sided, over words, exact for eight words a set; Holm within each model and form. Intervals are "
         f"over words: with eight of them, gender and career ({six['low']:.2f} to {six['high']:.2f} for MiniLM) is "
-        "known "
-        "loosely.",
+        "known loosely.",
         "SmolLM2-135M by block, bland sentences, mean over tokens: d (Holm over all blocks and both tests).",
         table(["block", "1: flowers and insects", "6: gender and career"], by_layer),
     ]
@@ -390,15 +328,19 @@ def pipeline(writer: Model, size: Size, checks: Checks) -> list[str]:
     pairs = found.comparison.pairs.set_index(["a", "b"])
     means = found.comparison.means.set_index("group")
     cued = pairs.loc[("female", "male")]
-    detected = all(r["low"] > 0 or r["high"] < 0 for _, r in pairs.iterrows())
+    neutral = [pairs.loc[("neutral", k)] for k in ("female", "male")]
+    leans = [found.table.loc[found.table["kind"] == k, "lean"].dropna().to_numpy() for k in ("female", "male")]
+    drawn = stats.bootstrap(leans, lambda a, b, axis: a.mean(axis) - b.mean(axis), rng=0).confidence_interval
+    detected = bool(cued["different"] and drawn.low > 0)
     checks.add(
         "20.4",
-        f"SmolLM2's suggestions for {size.suggestions} neutral and as many cued prompts: the audit detects the cued "
-        "ones and "
+        f"SmolLM2's suggestions for {size.suggestions} neutral and as many cued prompts: the audit detects the cue and "
         "passes neutral halves in 95 % of 200 divisions",
-        f"women - men {cued['difference']:.2f} [{cued['low']:.2f}, {cued['high']:.2f}]; all three differences' "
-        "intervals "
-        f"exclude 0: {'yes' if detected else 'no'}; halves pass in {1 - found.false_alarms:.1%}",
+        f"prompts of women minus men {cued['difference']:.2f} [{cued['low']:.2f}, {cued['high']:.2f}], by bootstrap "
+        f"[{drawn.low:.2f}, {drawn.high:.2f}]; neutral minus "
+        f"women {neutral[0]['difference']:.2f} [{neutral[0]['low']:.2f}, {neutral[0]['high']:.2f}], minus men "
+        f"{neutral[1]['difference']:.2f} [{neutral[1]['low']:.2f}, {neutral[1]['high']:.2f}]; halves pass in "
+        f"{1 - found.false_alarms:.1%}",
         detected and found.false_alarms <= 0.05,
     )
     pronouns = pronoun_preference(writer)
@@ -410,7 +352,7 @@ def pipeline(writer: Model, size: Size, checks: Checks) -> list[str]:
         f"{highest['preference']:.2f} ({highest['occupation']}); {np.mean(pronouns['preference'] > 0):.0%} towards she",
         True,
     )
-    rows = [[g, r.n, f"{r['mean']:.2f} [{r.low:.2f}, {r.high:.2f}]"] for g, r in means.iterrows()]
+    rows = [[g, int(r.n), f"{r['mean']:.2f} [{r.low:.2f}, {r.high:.2f}]"] for g, r in means.iterrows()]
     compared = [
         [
             a,
@@ -463,39 +405,55 @@ def probes(writer: Model, size: Size) -> list[str]:
     ]
 
 
+def measured(name: str, section: Callable[[], list[str]], checks: Checks) -> list[str]:
+    """A section with its checks, kept in runs/studies/concepts; an interrupted study goes on behind it."""
+    path = RUNS / "concepts" / f"{name}.json"
+    if not path.exists():
+        began, before = time.perf_counter(), len(checks.rows)
+        body = section()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, dump({"body": body, "checks": checks.rows[before:]}))
+        print(f"  {name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        return body
+    found = json.loads(path.read_text())
+    checks.rows += found["checks"]
+    body = found["body"]
+    return body
+
+
 def main() -> None:
     """Runs everything and writes docs/results/look-inside-concepts.md."""
     quick = is_quick(__doc__)
     size = QUICK if quick else FULL
-    began = time.perf_counter()
     encoder, writer = vesalius.open("minilm"), vesalius.open("smollm2-135m")
     checks = Checks()
-    planted(size, checks)
-    sections: list[Callable[[], list[str]]] = [
-        lambda: axes(encoder, size, checks),
-        lambda: steering(encoder, writer, size, checks),
-        lambda: associations(encoder, writer, size, checks),
-        lambda: pipeline(writer, size, checks),
-        lambda: probes(writer, size),
-    ]
+    sections: dict[str, Callable[[], list[str]]] = {
+        "planted": lambda: planted(size, checks),
+        "axes": lambda: axes(encoder, writer, size, checks),
+        "steering": lambda: steered(encoder, writer, size, checks),
+        "associations": lambda: associations(encoder, writer, size, checks),
+        "pipeline": lambda: pipeline(writer, size, checks),
+        "probes": lambda: probes(writer, size),
+    }
     parts: list[str] = []
-    for section in sections:
-        start = time.perf_counter()
-        parts += section()
-        print(f"  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    for name, section in sections.items():
+        parts += section() if quick else measured(name, section, checks)
     order = sorted(checks.rows, key=lambda r: r[0])
     body = [
-        "What is asked was written down before anything was measured; words, ratings and prompts are our own "
-        "(`vesalius/features/data`), and none was changed after a model had been asked.",
+        "What is asked was written down before anything here was measured, as were words, ratings and prompts, which "
+        "are our own (`vesalius/features/data`). Thresholds and strengths of steering were chosen after a rehearsal "
+        "with six texts, and the push along the model's own axis was added to what was asked.",
         table(["", "asked", "came out", ""], order),
         *parts,
-        f"All of it took {time.perf_counter() - began:.0f} s on one thread.",
     ]
-    title = "Concept directions and the bias audit"
+    title = "Look inside: directions and the bias audit"
     if quick:
         print("\n\n".join([f"# {title}", *body]))
         return
-    write("look-inside-concepts", title, "python studies/concepts.py", *body)
+    page, command = "look-inside-concepts", "python studies/concepts.py"
+    write(page, title, command, *body)
+    look_inside("18 Moral direction", [r[1:] for r in order if r[0].startswith("18")], command, page)
+    look_inside("20 Downstream gender bias", [r[1:] for r in order if r[0].startswith("20")], command, page)
 
 
 if __name__ == "__main__":
