@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vesalius.model.weights import parameter_of
 
-NormKind = Literal["layer", "rms", "rms+1"]
+NormKind = Literal["layer", "rms", "rms+1", "none"]  # none: the norm was taken out, nn.Identity stands for it
+HUGE_EPS = 2.0**40  # leaves nothing of the input's size
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,23 @@ class NormView:
                 return float(getattr(self.module, name))
         raise AttributeError(f"{type(self.module).__name__} has no eps")
 
+    @property
+    def fixed(self) -> bool:
+        """Whether r is one number for every input: the norm is absent, a constant, or its eps hides the input."""
+        return self.kind == "none" or self._constant is not None or self.eps >= HUGE_EPS
+
+    @property
+    def _constant(self) -> float | None:
+        found = getattr(self.module, "constant", None)  # of a `ConstantNorm`
+        return float(found) if found is not None else None
+
     def scale(self, x: Tensor) -> Tensor:
         """r(x): what the centred input is multiplied with, (..., 1)."""
         x = x.float()
+        if self.kind == "none":
+            return torch.ones_like(x[..., :1])
+        if (constant := self._constant) is not None:
+            return torch.full_like(x[..., :1], 1 / constant)
         if self.kind == "layer":
             x = x - x.mean(-1, keepdim=True)
         return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
@@ -59,6 +74,11 @@ class NormView:
             v = v - v.mean(-1, keepdim=True)
         return v * scale * self.gain.to(v.dtype)
 
+    def transpose(self, g: Tensor) -> Tensor:
+        """A functional (..., d) of the output as one of the input, up to the positive number r: (g * gain), centred."""
+        g = g * self.gain.to(g)
+        return g - g.mean(-1, keepdim=True) if self.kind == "layer" else g
+
     def jvp(self, v: Tensor, x: Tensor, frozen: bool = False) -> Tensor:
         """J(x) v: how the output moves when the input moves by `v`; with r held fixed if `frozen`."""
         scale = self.scale(x)
@@ -66,7 +86,7 @@ class NormView:
             v = v - v.mean(-1, keepdim=True)
             x = x - x.mean(-1, keepdim=True)
         v = v * scale
-        if not frozen:
+        if not frozen and not self.fixed:
             unit = x * scale  # (..., d) with mean square 1
             v = v - unit * (unit * v).mean(-1, keepdim=True)
         return v * self.gain.to(v.dtype)
@@ -75,7 +95,7 @@ class NormView:
         """J(x)^T g: a gradient at the output carried to the input; with r held fixed if `frozen` (the LN-rule)."""
         scale = self.scale(x)
         g = g * self.gain.to(g.dtype) * scale
-        if not frozen:
+        if not frozen and not self.fixed:
             centred = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
             unit = centred * scale
             g = g - unit * (unit * g).mean(-1, keepdim=True)

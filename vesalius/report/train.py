@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import numpy as np
 import pandas as pd
 import yaml
 
 from vesalius import checkpoints
 from vesalius.report import charts, tables
-from vesalius.report.page import Page, Section, Table, record, warnings, write
+from vesalius.report.page import Chart, Drawing, Page, Section, Table, record, warnings, write
 from vesalius.report.words import number
 from vesalius.runs import Run
 
@@ -39,6 +40,7 @@ def train_report(run: Run) -> Path:
         sections=[
             _loss(log, evaluation),
             _rate(log),
+            *_norms(run, log, found),
             _kept(run),
         ],
         record=_record(run, found),
@@ -142,6 +144,52 @@ def _rate(log: pd.DataFrame | None) -> Section:
         )
     ]
     return Section("Learning rate and gradient", plots, layout="pair")
+
+
+def _norms(run: Run, log: pd.DataFrame | None, found: dict[str, Any]) -> list[Section]:
+    """The loss around the steps at which norms went, and the constants they went for."""
+    norms = tables.frame(run, "norms", ["norm", "step", "size"])
+    if norms is None or log is None:
+        return []
+    kinds = {"MLP": "before an MLP", "attn": "before attention"}
+    steps = norms.assign(what=norms["norm"].str.rpartition(".")[2].map(kinds).fillna("the last one"))
+    later = steps.dropna(subset=["step_values"]).assign(what="before values")
+    moves = pd.concat([steps, later.assign(step=later["step_values"].astype(float))], ignore_index=True)
+    near = log[log["step"] <= 2 * float(moves["step"].max())]
+    x = alt.X("step:Q", title="step", scale=alt.Scale(nice=False)).axis(grid=False)
+    domain = [*kinds.values(), "before values", "the last one"]
+    rules = alt.Chart(moves[["step", "what", "norm"]]).mark_rule(strokeWidth=1.5, opacity=0.7).encode(
+        x=x,
+        color=alt.Color("what:N", scale=alt.Scale(domain=domain, range=charts.LINES[1:5])).legend(
+            orient="top", title=None, symbolType="stroke"
+        ),
+        tooltip=["norm", "what", "step"],
+    )  # fmt: skip
+    curve = alt.Chart(near[["step", "loss"]]).mark_line(stroke=charts.POSITIVE, strokeWidth=1.4).encode(
+        x=x, y=alt.Y("loss:Q", title="training loss (nats)", scale=alt.Scale(zero=False)).axis(tickCount=6)
+    )  # fmt: skip
+    chart = alt.layer(rules, curve).properties(width="container", height=240)
+    told = found.get("norms") or {}
+    read = "each line is a norm that became a constant."
+    if told.get("ordinary_checkpoint"):
+        read += (
+            " The last checkpoint holds the constants and opens in transformers; opened anew, its logits differ by at "
+            f"most {number(float(told['largest_difference']))}."
+        )
+    elif told:
+        read += " Other norms stayed: the constants lie beside the weights (norms.json), where Vesalius reads them."
+    names = {
+        "size": "constant",
+        "size_first": "first position",
+        "size_separator": "separators",
+        "step_values": "values",
+    }
+    shown = norms.drop(columns=["name", "low", "high"], errors="ignore").rename(columns=names)
+    blocks: list[Chart | Drawing | Table] = [
+        Chart(charts._spec(chart), "Loss while norms go", ""),
+        tables.frame_table(shown, shown=12),
+    ]
+    return [Section("Norms taken out", blocks, read)]
 
 
 def _kept(run: Run) -> Section:

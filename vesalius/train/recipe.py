@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.train.roles import Role
@@ -100,7 +108,7 @@ class ParameterSection(_Section):
 
     Attributes:
         roles: only these roles (embedding, head, matrix, vector). only / freeze: name patterns (`*.layers.3.*`), or
-            part addresses (`L3`, `L3.MLP`, `L3.attn`).
+            part addresses (`L3`, `L3.MLP`, `L3.attn`; `L3.H2` in only: that head's slices alone).
         lora: settings of peft's LoraConfig, such as `{r: 8, lora_alpha: 16}`. Checkpoints hold ordinary merged weights;
             the adapters themselves lie in the trainer's state.
     """
@@ -133,6 +141,32 @@ class EvaluateSection(_Section):
     batches: int = Field(default=8, ge=1)
 
 
+class NormSection(_Section):
+    """Norms that are taken out while the model is trained (see `vesalius.train.norms`), each at a step of its own.
+
+    First those before MLPs from the first block to the last, then those before queries and keys, then those before
+    values, then the last one; then separators, then first positions lose the constants of their own.
+
+    Attributes:
+        remove: `all`, or the parts whose norm goes: `L3.MLP`, `L3.attn`, `unembed`.
+        start: step at which the first one goes.
+        gap_mlp, gap_qk, gap_v: steps from one block to the next.
+        gap_separators, gap_first: steps before these are treated as any token.
+        momentum: of the running size, a step.
+        penalty: weight of the spread of sizes before the last norm, (size / mean size - 1)^2.
+    """
+
+    remove: Literal["all"] | list[str] = "all"
+    start: int = Field(20, ge=1)
+    gap_mlp: int = Field(2, ge=0)
+    gap_qk: int = Field(2, ge=0)
+    gap_v: int = Field(3, ge=0)
+    gap_separators: int = Field(2, ge=0)
+    gap_first: int = Field(10, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    penalty: float = Field(0.0, ge=0)
+
+
 class BranchSection(_Section):
     """The run and step this one goes on from, with the state of its optimizer."""
 
@@ -151,6 +185,7 @@ class Recipe(_Section):
         steps: updates. accumulate: micro-batches an update. clip: largest gradient norm, null for none.
         precision: float32, bfloat16 or float16 (autocast).
         dropout: share dropped everywhere the model can drop; null leaves the model's own.
+        norms: which norms are taken out, and when; null for none.
         deterministic: byte-identical reruns; on by default on a CPU.
     """
 
@@ -167,6 +202,7 @@ class Recipe(_Section):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     dropout: float | None = Field(None, ge=0, lt=1)
     parameters: ParameterSection = ParameterSection()
+    norms: NormSection | None = None
     checkpoints: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
     branch: BranchSection | None = None
@@ -180,6 +216,12 @@ class Recipe(_Section):
         if strange := [s for s in self.checkpoints.at if s < 0]:  # those after the end are left out
             raise ValueError(f"checkpoints.at has step {strange[0]}; steps count from 0")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the section of norms where there is none: a run is named by its whole recipe."""
+        found: dict[str, Any] = write(self)
+        return {k: v for k, v in found.items() if k != "norms" or v is not None}
 
     @model_validator(mode="before")
     @classmethod

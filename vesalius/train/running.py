@@ -30,11 +30,13 @@ import torch
 
 from vesalius import checkpoints
 from vesalius.errors import RunError
+from vesalius.model.sources.quiet import quiet_transformers
 from vesalius.records import plain, versions
 from vesalius.run_index import find_run
 from vesalius.runs import Run, folder_of
 from vesalius.train.assembly import Data, assemble, data_of
 from vesalius.train.ledger import Ledger, flops_per_step, six_n_t
+from vesalius.train.objectives.samples import model_inputs
 from vesalius.train.optimizers import state_bytes
 from vesalius.train.parallel import World, unwrap
 from vesalius.train.recipe import Recipe
@@ -355,6 +357,8 @@ class _Sitting:
             self.run.save_table("log", pd.DataFrame(self.log))
         if self.evaluation:
             self.run.save_table("evaluation", pd.DataFrame(self.evaluation))
+        if self.made.removal is not None:
+            self.run.save_table("norms", self.made.removal.table())
 
     def _show(self, tables: bool = True) -> None:
         if self.run is None:
@@ -373,6 +377,7 @@ class _Sitting:
             return
         self._tables()
         model: Any = unwrap(self.trainer.model)
+        norms = None if self.made.removal is None else self._folded(model)
         last = self.evaluation[-1] if self.evaluation else {}
         tail = [r["loss"] for r in self.log[-20:]]
         self.run.save_json(
@@ -381,7 +386,8 @@ class _Sitting:
                 "name": self.recipe.name,
                 "model_type": model.config.model_type,
                 "parameters": sum(p.numel() for p in model.parameters()),
-                "trained": sum(p.numel() for g in self.trainer.optimizer.param_groups for p in g["params"]),
+                "trained": sum(p.numel() for g in self.trainer.optimizer.param_groups for p in g["params"])
+                - self.made.held,
                 "steps": self.recipe.steps,
                 "loss": sum(tail) / len(tail) if tail else None,
                 "held_out": last.get("loss"),
@@ -396,9 +402,27 @@ class _Sitting:
                 "world": {"processes": self.world.size, "data": self.world.data, "tensor": self.world.tensor},
                 "checkpoints": checkpoints.steps_in(self.steps),
                 "notes": self.notes,
+                **({} if norms is None else {"norms": norms}),
             },
         )
         self._show(tables=False)
+
+    @torch.no_grad()
+    def _folded(self, model: Any) -> dict[str, Any]:
+        """What became of the norms, and how far the checkpoint, opened anew, is from the model in memory."""
+        removal, place = self.made.removal, self.steps / checkpoints.name_of(self.trainer.done)
+        assert removal is not None
+        told = {"removed": len(removal.norms), "ordinary_checkpoint": removal.folds}
+        if not removal.folds:
+            return told
+        sample = self.trainer.sample(0)[slice(0, 2)].to(self.trainer.device)
+        model.eval()
+        removal.read(sample)
+        ours = model(**model_inputs(sample, model), **self.trainer.always).logits
+        with quiet_transformers():
+            again = type(model).from_pretrained(place, dtype=ours.dtype).to(ours.device).eval()
+        theirs = again(**model_inputs(sample, again), **self.trainer.always).logits
+        return told | {"largest_difference": float((ours - theirs).abs().max())}
 
 
 class _Stop:

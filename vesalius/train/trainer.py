@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from vesalius.train.carry import CARRIED, Carry
 from vesalius.train.objectives.base import Loss, Objective, Sample
 from vesalius.train.objectives.samples import model_inputs, read_tokens
 from vesalius.train.parallel import World, clip_grad_norm, gather_state, load_state, unwrap
+from vesalius.train.plugs import KEPT, Plug
 from vesalius.train.select import LORA, has_lora, plain_state
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -95,6 +96,7 @@ class Trainer:
         clip: largest global gradient norm; None for no clipping.
         precision: `bfloat16` and `float16` run the forward pass under autocast.
         world: the processes that share the work; alone if None.
+        plugs: what changes by the step beside the parameters.
 
     Example:
         >>> trainer = Trainer(model, order, objective, optimizer, schedule)      # doctest: +SKIP
@@ -114,11 +116,12 @@ class Trainer:
         clip: float | None = 1.0,
         precision: Precision = "float32",
         world: World | None = None,
+        plugs: Sequence[Plug] = (),
     ) -> None:
         self.model, self.source, self.objective = model, source, objective
         self.optimizer, self.schedule = optimizer, schedule
         self.seed, self.accumulate, self.clip, self.precision = seed, accumulate, clip, precision
-        self.world = world or World.single()
+        self.world, self.plugs = world or World.single(), tuple(plugs)
         self.done = 0  # updates made
         self.device = next(model.parameters()).device
         for group in optimizer.param_groups:
@@ -154,7 +157,7 @@ class Trainer:
             micro = whole[rows].to(self.device)
             state = {} if self.carry is None else {"past_key_values": self.carry.cache(step, rows)}
             with self.world.local(self.model, last=i == self.accumulate - 1), self._autocast():
-                loss = self._loss(micro, **state)
+                loss = self._with_terms(self._loss(micro, **state), micro)
                 scaled = loss.total * self.world.scale(count)
             if self.carry is not None:
                 self.carry.keep(state["past_key_values"], rows)
@@ -170,6 +173,8 @@ class Trainer:
         factor = self.schedule(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+        for plug in self.plugs:
+            plug.begin(step)
         with memory_errors(TOO_MUCH):
             sums, whole = self.gradients(step)
         count = whole.count()
@@ -187,6 +192,8 @@ class Trainer:
             self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
+        for plug in self.plugs:
+            plug.end(step)
         if self.carry is not None:
             self.carry.commit()
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -199,8 +206,18 @@ class Trainer:
             yield self.step()
 
     def _loss(self, micro: Sample, **state: Any) -> Loss:
+        for plug in self.plugs:
+            plug.read(micro)
         inputs = model_inputs(micro, unwrap(self.model))
         return self.objective.loss(self.model(**inputs, **self.always, **state), micro)
+
+    def _with_terms(self, loss: Loss, micro: Sample) -> Loss:
+        """The loss with what plugs add to its mean."""
+        terms = {k: v * micro.count() for plug in self.plugs for k, v in plug.terms().items()}
+        if not terms:
+            return loss
+        total = loss.total + torch.stack(list(terms.values())).sum()
+        return Loss(total, {**loss.logs, **{k: v.detach() for k, v in terms.items()}})
 
     def _seed(self, step: int, micro: int) -> None:
         mixed = np.random.SeedSequence([self.seed, step, self.world.data_rank, micro])
@@ -248,10 +265,15 @@ class Trainer:
         if has_lora(model):
             weights, adapters = plain_state(model, weights)
             tensors = tensors | adapters
+        for number, plug in enumerate(self.plugs):
+            weights = plug.weights(weights)
+            tensors = tensors | {f"{KEPT}{number}/{name}": value for name, value in plug.tensors().items()}
 
         def fill(place: Path) -> None:
             with quiet_transformers():
                 _plain(model).save_pretrained(place, state_dict=weights)
+            for plug in self.plugs:
+                plug.written(place)
             if tokenizer is not None:
                 tokenizer.save_pretrained(place)
             if state:
@@ -299,6 +321,7 @@ class Trainer:
         tensors = checkpoints.load_tensors(folder / checkpoints.STATE)
         adapters = {n.removeprefix(LORA): tensors.pop(n) for n in list(tensors) if n.startswith(LORA)}
         carried = {n: tensors.pop(n) for n in list(tensors) if n.startswith(CARRIED)}
+        plugged = {n: tensors.pop(n) for n in list(tensors) if n.startswith(KEPT)}  # a branch may leave them behind
         if self.carry is not None:
             self.carry.load(carried)
         try:
@@ -315,6 +338,9 @@ class Trainer:
         if self._scaler is not None and note.get("scaler"):
             self._scaler.load_state_dict(note["scaler"])
         self.done = int(note["step"])
+        for number, plug in enumerate(self.plugs):
+            mine = f"{KEPT}{number}/"
+            plug.load({n.removeprefix(mine): t for n, t in plugged.items() if n.startswith(mine)}, self.done)
         return note
 
 

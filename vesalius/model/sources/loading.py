@@ -80,6 +80,8 @@ def load(
         with quiet_transformers():
             model, info = auto.from_pretrained(located.folder, **options)
             refuse_missing(info, located.spec)
+            _settle(model, info)
+            _constant_norms(model, located.folder)
             if device_map is None:
                 model = model.to(where)
     except (ModelError, KeyboardInterrupt):
@@ -195,6 +197,24 @@ def refuse_missing(info: Mapping[str, Any], shown: str) -> None:
                 f"'{shown}' cannot be opened: {len(names)} weights are {what} and would be random ({listed}); "
                 "check `architectures` in its config.json, or save the whole model again"
             )
+
+
+def _settle(model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Sets weights that are missing without harm to zero: random ones would change the fingerprint at each opening."""
+    missing = set(info.get("missing_keys", ()))
+    for name, parameter in model.named_parameters():
+        if name in missing and any(h in name for h in HARMLESS_MISSING):
+            torch.nn.init.zeros_(parameter)
+
+
+def _constant_norms(model: PreTrainedModel, folder: Path) -> None:
+    """Some norms of the checkpoint may stand by constants, which no stock class has a place for."""
+    from vesalius.model.constant_norms import FILE, restore
+
+    if (folder / FILE).exists():
+        from vesalius.model.anatomy import read_anatomy
+
+        restore(model, folder, read_anatomy(model))
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,124 @@
+"""`vesalius subnetwork`: the weights of a model that turn the current token into the next one."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from vesalius.cli import options as o
+from vesalius.cli.console import Screen, set_threads
+from vesalius.runs import Run
+
+MASK_PANEL = "Masks"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("subnetwork")(subnetwork)
+
+
+def subnetwork(
+    model: o.ModelName = o.MODEL_DEFAULT,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            "--corpus",
+            help="Corpora by name, files or folders, with commas between (`vesalius corpora`); for a model of a run, "
+            "by default what it was trained on.",
+        ),
+    ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="bigram: the corpus's table of successors; text: its next tokens, for comparison.",
+            rich_help_panel=MASK_PANEL,
+        ),
+    ] = "bigram",
+    steps: Annotated[int, typer.Option(min=1, help="Steps at most.", rich_help_panel=MASK_PANEL)] = 1000,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a step.", rich_help_panel=MASK_PANEL)] = 16,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a row.", rich_help_panel=MASK_PANEL)] = 64,
+    strength: Annotated[
+        float, typer.Option(help="Price of size: the larger, the fewer weights.", rich_help_panel=MASK_PANEL)
+    ] = 10.0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of the scores.", rich_help_panel=MASK_PANEL)] = 0.01,
+    last_beta: Annotated[
+        float, typer.Option("--last-beta", help="Sharpness at the last step.", rich_help_panel=MASK_PANEL)
+    ] = 500.0,
+    stop: Annotated[
+        float,
+        typer.Option(help="End when fewer masks than this share are undecided; 0: never.", rich_help_panel=MASK_PANEL),
+    ] = 0.01,
+    top: Annotated[
+        int, typer.Option(min=1, help="Successors kept for each token of the table.", rich_help_panel=MASK_PANEL)
+    ] = 64,
+    controls: Annotated[int, typer.Option(min=1, help="Random masks to compare with.", rich_help_panel=MASK_PANEL)] = 3,
+    check: Annotated[int, typer.Option(min=1, help="Held-out batches to judge by.", rich_help_panel=MASK_PANEL)] = 8,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the documents held out.", rich_help_panel=MASK_PANEL)
+    ] = 0.05,
+    keep_model: Annotated[
+        bool, typer.Option(help="Write the masked model as a checkpoint.", rich_help_panel=MASK_PANEL)
+    ] = True,
+    seed: o.Seed = 0,
+    out: o.Out = None,
+    as_json: o.AsJson = False,
+    fresh: o.Fresh = False,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    trust_remote_code: o.Trust = False,
+    threads: o.Threads = None,
+) -> None:
+    """Find the subnetwork that predicts the next token from the current one alone.
+
+    A mask over the matrices of attention and MLPs is learnt on the frozen model, then compared with random masks of the
+    same counts: how well it keeps to the bigram table, and what the model loses without it. Leaves the mask (one bit a
+    weight), the masked model as an ordinary checkpoint, and a report; a run that was stopped goes on.
+    """
+    from vesalius.features.subnetwork import MaskRecipe, learn_masks
+    from vesalius.report import subnetwork_report
+
+    screen = Screen(as_json)
+    set_threads(threads)
+    recipe = MaskRecipe(
+        target=target,  # type: ignore[arg-type]  # refused there
+        steps=steps,
+        rows=rows,
+        length=length,
+        strength=strength,
+        lr=lr,
+        last_beta=last_beta,
+        stop=stop,
+        top=top,
+        held_out=held_out,
+        check=check,
+        controls=controls,
+        seed=seed,
+    )
+    opened = o.opened(screen, model, dtype, device, None, trust_remote_code)
+    names = [n.strip() for n in (corpus or "").split(",") if n.strip()]
+    command = "vesalius " + shlex.join(sys.argv[1:])
+    with screen.step("learning masks") as tell:
+        folder = learn_masks(
+            opened, names, recipe, out=out, fresh=fresh, keep_model=keep_model, command_line=command, tell=tell
+        )
+    run = Run.open(folder)
+    subnetwork_report(run)
+    _show(screen, run)
+
+
+def _show(screen: Screen, run: Run) -> None:
+    summary, found, density = run.json("summary"), run.table("variants"), run.table("density")
+    place = {"run_folder": str(run.folder), "report": str(run.folder / "report.html")}
+    shown = found.groupby("variant", sort=False)[["kept", "r", "kl", "nll"]].mean().reset_index()
+    shown["kept"] = shown["kept"].astype(int)
+    parts = density.groupby("part", sort=False)[["weights", "kept"]].sum().reset_index()
+    parts["density"] = parts["kept"] / parts["weights"]
+    told: dict[str, Any] = {"variants": found.to_dict("records"), "density": density.to_dict("records")}
+    lines: list[Any] = ["", shown, "", "the densest parts:", parts.nlargest(8, "density"), f"\n{summary['lead']}"]
+    lines += [f"note: {t}" for t in summary["notes"]]
+    if summary["checkpoint"]:
+        lines.append(f"\nmodel   {summary['checkpoint']}")
+    screen.show(summary | told | place, *lines, f"run     {run.folder}", f"report  {place['report']}")
