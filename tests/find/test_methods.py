@@ -25,7 +25,10 @@ from vesalius.tasks.metrics import make_metric
 LEVELS = [(m.name, level) for m in METHODS for level in m.info["levels"]]
 NODES = [name for name, level in LEVELS if level == "node"]
 # ACDC decides about all prompts together; random weights need a threshold of their size.
-OPTIONS = {"acdc": {"threshold": 1e-3}}
+OPTIONS = {"acdc": {"threshold": 1e-3}, "sae-codes": {"steps": 20, "seeds": 2, "features": 8}}
+# Methods that learn from, or decide about, all prompts together: a prompt's score does depend on its company.
+TOGETHER = {"acdc", *(m.name for m in METHODS if m.info.get("together"))}
+HEADS = ("path-patching", "sae-codes", "activation-difference")
 
 every_level = pytest.mark.parametrize(("method", "level"), LEVELS)
 
@@ -49,7 +52,7 @@ CASES = [(m, level, f) for m, level in LEVELS for f in families(level)]
 def expected_rows(method: str, level: str, model: Model) -> list[object]:
     if level == "edge":
         return list(universe_of(model).edges)
-    if method == "path-patching":
+    if method in HEADS:
         return model.parts(("head",))
     if method == "direct":
         stack = model.anatomy.main.prefix
@@ -60,7 +63,7 @@ def expected_rows(method: str, level: str, model: Model) -> list[object]:
 @pytest.mark.parametrize(("method", "level", "family"), CASES)
 def test_the_contract(method: str, level: str, family: str, tmp_path: Path) -> None:
     model = opened(family)
-    pairs = random_pairs(model, rows=4, shared=2)
+    pairs = random_pairs(model, rows=5, shared=2)
     before = {n: p.clone() for n, p in model.hf.state_dict().items()}
     given = {n: v.clone() for n, v in vars(pairs).items() if isinstance(v, torch.Tensor)}
     logits = model.hf(**model.inputs(pairs.clean, None, pairs.decoder)).logits
@@ -70,13 +73,13 @@ def test_the_contract(method: str, level: str, family: str, tmp_path: Path) -> N
     assert list(scores.parts) == expected_rows(method, level, model)
     assert np.isfinite(scores.values).all() and np.ptp(scores.values) > 0
     if method != "acdc":  # whose values are the changes that its own pruning saw
-        assert scores.per_example.shape == (len(scores), 4)
+        assert scores.per_example.shape == (len(scores), 5)
         assert np.isfinite(scores.per_example).all()
     if scores.per_example is not None:
         assert np.allclose(scores.per_example.mean(1), scores.values, rtol=1e-9, atol=1e-12)
 
     info = scores.info
-    assert (info["method"], info["level"], info["n"], info["seed"]) == (method, level, 4, 3)
+    assert (info["method"], info["level"], info["n"], info["seed"]) == (method, level, 5, 3)
     assert (info["model"], info["fingerprint"], info["metric"]) == (family, model.fingerprint, "logit-diff")
     assert set(info["options"]) == set(parameters(method))
 
@@ -98,7 +101,7 @@ def test_the_contract(method: str, level: str, family: str, tmp_path: Path) -> N
     assert {"part", "score", "low", "high"} <= set(frame.columns) and len(frame) == len(scores)
 
 
-@pytest.mark.parametrize(("method", "level"), [(m, level) for m, level in LEVELS if m != "acdc"])
+@pytest.mark.parametrize(("method", "level"), [(m, level) for m, level in LEVELS if m not in TOGETHER])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_prompts_score_does_not_depend_on_its_company(method: str, level: str, family: str) -> None:
     """More prompts than are recorded at once, of several lengths; then some of them, in another order."""
@@ -179,10 +182,10 @@ def test_patching_with_answers_of_several_tokens_is_one_hook_a_continuation() ->
 def test_half_precision_runs_and_agrees_roughly(method: str, level: str) -> None:
     hf = tiny("llama").hf
     model = Model.wrap(hf.to(torch.bfloat16), name="llama")
-    pairs = random_pairs(model)
+    pairs = random_pairs(model, rows=5)
     scores = run(method, level, model, pairs)
     assert model.dtype == torch.bfloat16
-    if method == "acdc":
+    if method in TOGETHER:
         assert np.isfinite(scores.values).all()
         return
     assert scores.correlation(run(method, level, opened("llama"), pairs)) > 0.95

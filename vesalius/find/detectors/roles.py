@@ -38,15 +38,14 @@ from torch import Tensor
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.find import find
 from vesalius.find.base import PairsSource
+from vesalius.find.detectors.landmarks import LOOKS, Landmarks, landmarks, looks_of
+from vesalius.find.detectors.looks import NULL_DRAWS, attend, joined, run
 from vesalius.model import Intervention, Model, Pairs, Site
-from vesalius.model.hooks import Hooks, Tap
 from vesalius.model.intervene import taps as intervention_taps
-from vesalius.model.memory import memory_errors
 from vesalius.model.replay import Tape
 from vesalius.model.sweep import BATCH, Progress
 from vesalius.parts import Part, parse_part
-from vesalius.prove.landmarks import LOOKS, NULL_DRAWS, Landmarks, Look, landmarks, looks_of
-from vesalius.scores import Scores, bootstrap_mean
+from vesalius.scores import Array, Scores, bootstrap_mean
 
 Floats = NDArray[np.float64]
 
@@ -141,35 +140,11 @@ def roles(
         >>> roles(model, vesalius.task("ioi", n=32)).heads("inhibition")   # doctest: +SKIP
         [Part('L20.H0'), Part('L19.H2')]
     """
-    pairs = task if isinstance(task, Pairs) else task.pairs(model)
-    if pairs.n_examples == 0:
-        raise VesaliusError("there are no prompts to measure roles on; give a task with n of at least 1")
-    marks = landmarks(model, pairs)
-    heads = model.parts(("head",))
-    groups = pairs.batches(BATCH)
-    steps = 3 * len(groups)
-    found = _attention(model, pairs, heads, seed, lambda n: progress(n, steps) if progress else None)
-    direct = find("direct", model, pairs, parts="head")
-    assert direct.per_example is not None
-    order = {p: i for i, p in enumerate(direct.parts)}
-    effects = direct.per_example[[order[p] for p in heads]]  # (head, example)
-    low, high = bootstrap_mean(effects, seed)
-    mean = effects.mean(1)
-    notable = np.abs(mean) >= NOTABLE * max(float(np.abs(mean).sum()), 1e-12)
-    if scores is None:
-        scores = find("attribution-patching", model, pairs, parts="head")
-    known = dict(zip(scores.parts, np.asarray(scores.values, dtype=float).tolist(), strict=True))
-    effect = np.array([known.get(p, np.nan) for p in heads])
-    matters = np.abs(effect) >= MATTERS * max(float(np.nansum(np.abs(effect))), 1e-12)
-    helps, harms = notable & (low > 0), notable & (high < 0)
-    score, null = found.score, found.null
-    passes = {k: score[k] >= null[k] + margin for k in LOOKS}  # NaN compares as False
-    moves = passes["right"] & (helps | harms)
-    candidates = [i for i in np.flatnonzero(passes["asked_or_wrong"] & ~notable).tolist()]
-    shifts = _knock_out(model, pairs, heads, candidates, np.where(moves, np.abs(mean), 0.0), seed, progress, steps)
-    guides = (shifts.contrast_low > 0) & (shifts.contrast >= SHIFT)  # without it movers prefer the wrong ones more
-    inhibits = guides & (passes["wrong"] | (shifts.wrong >= -shifts.right))
-    gathers = guides & ~inhibits & passes["asked"]
+    it = measure(model, task, scores=scores, seed=seed, margin=margin, progress=progress)
+    found, heads, score, null = it.found, it.heads, it.found.score, it.found.null
+    mean, low, high, effect = it.effects.mean(1), it.low, it.high, it.effect
+    helps, harms, matters, moves, shifts = it.helps, it.harms, it.matters, it.moves, it.shifts
+    inhibits, gathers = it.inhibits, it.gathers
     earlier = np.fmax(score["previous"] - null["previous"], score["previous_asked"] - null["previous_asked"])
     there = earlier > score["previous"] - null["previous"]
     table: dict[str, tuple[Floats, Floats]] = {
@@ -215,22 +190,98 @@ def roles(
     info = {
         "task": getattr(task, "name", "pairs"),
         "model": model.name,
-        "n": pairs.n_examples,
+        "n": it.effects.shape[1],
         "seed": seed,
         "margin": margin,
         "null_draws": NULL_DRAWS,
-        "effects_by": scores.info.get("method", "given"),
-        "found_by": dict(marks.named),
-        "unit": pairs.metric.unit,
+        "effects_by": it.effects_by,
+        "found_by": dict(it.found_by),
+        "unit": it.unit,
     }
-    return Roles(frame, info, tuple(_missing(found, int(moves.sum()), len(candidates))))
+    return Roles(frame, info, tuple(_missing(found, int(moves.sum()), it.candidates)))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What roles rest on, of every head.
+
+    Attributes:
+        heads: in model order. found: attention where each look asks.
+        effects: direct effect on the metric in each prompt, (head, example); low, high: interval of its mean.
+        effect: score of the head in the task. shifts: what knocking it out does to the movers' attention.
+        helps, harms: its direct effect is notable and positive, negative. matters: it takes part in the task at all.
+        moves: it looks at the right answer and writes to the logits. inhibits, gathers: see the module.
+        candidates: how many heads were knocked out. found_by, unit, effects_by: how tokens and effects were found.
+    """
+
+    heads: list[Part]
+    found: Attention
+    effects: Floats
+    low: Array
+    high: Array
+    effect: Floats
+    shifts: Shifts
+    helps: NDArray[np.bool_]
+    harms: NDArray[np.bool_]
+    matters: NDArray[np.bool_]
+    moves: NDArray[np.bool_]
+    inhibits: NDArray[np.bool_]
+    gathers: NDArray[np.bool_]
+    candidates: int
+    found_by: Mapping[str, str]
+    unit: str
+    effects_by: str
+
+
+def measure(
+    model: Model,
+    task: PairsSource | Pairs,
+    *,
+    scores: Scores | None = None,
+    seed: int = 0,
+    margin: float = MARGIN,
+    progress: Progress | None = None,
+) -> Measured:
+    """Attention, direct effects and knock-outs of every head in a task; `roles` says what they mean."""
+    pairs = task if isinstance(task, Pairs) else task.pairs(model)
+    if pairs.n_examples == 0:
+        raise VesaliusError("there are no prompts to measure roles on; give a task with n of at least 1")
+    marks = landmarks(model, pairs)
+    heads = model.parts(("head",))
+    groups = pairs.batches(BATCH)
+    steps = 3 * len(groups)
+    found = _attention(model, pairs, heads, seed, lambda n: progress(n, steps) if progress else None)
+    direct = find("direct", model, pairs, parts="head")
+    assert direct.per_example is not None
+    order = {p: i for i, p in enumerate(direct.parts)}
+    effects = direct.per_example[[order[p] for p in heads]].astype(np.float64)  # (head, example)
+    low, high = bootstrap_mean(effects, seed)
+    mean = effects.mean(1)
+    notable = np.abs(mean) >= NOTABLE * max(float(np.abs(mean).sum()), 1e-12)
+    if scores is None:
+        scores = find("attribution-patching", model, pairs, parts="head")
+    known = dict(zip(scores.parts, np.asarray(scores.values, dtype=float).tolist(), strict=True))
+    effect = np.array([known.get(p, np.nan) for p in heads])
+    matters = np.abs(effect) >= MATTERS * max(float(np.nansum(np.abs(effect))), 1e-12)
+    helps, harms = notable & (low > 0), notable & (high < 0)
+    passes = {k: found.score[k] >= found.null[k] + margin for k in LOOKS}  # NaN compares as False
+    moves = passes["right"] & (helps | harms)
+    candidates = [i for i in np.flatnonzero(passes["asked_or_wrong"] & ~notable).tolist()]
+    shifts = _knock_out(model, pairs, heads, candidates, np.where(moves, np.abs(mean), 0.0), seed, progress, steps)
+    guides = (shifts.contrast_low > 0) & (shifts.contrast >= SHIFT)  # without it movers prefer the wrong ones more
+    inhibits = guides & (passes["wrong"] | (shifts.wrong >= -shifts.right))
+    gathers = guides & ~inhibits & passes["asked"]
+    return Measured(
+        heads, found, effects, low, high, effect, shifts, helps, harms, matters, moves, inhibits, gathers,
+        len(candidates), dict(marks.named), pairs.metric.unit, str(scores.info.get("method", "given")),
+    )  # fmt: skip
 
 
 def _gate(score: Floats, on: NDArray[np.bool_]) -> Floats:
     return np.where(on | np.isnan(score), score, 0.0)
 
 
-def _missing(found: _Attention, movers: int, candidates: int) -> list[str]:
+def _missing(found: Attention, movers: int, candidates: int) -> list[str]:
     said = {
         "duplicate": ("no token of the task occurs twice", "duplicate-token"),
         "induction": ("no token of the task, nor the last one, follows an earlier occurrence of itself", "induction"),
@@ -247,64 +298,55 @@ def _missing(found: _Attention, movers: int, candidates: int) -> list[str]:
     return notes
 
 
-class _Attention(NamedTuple):
-    score: dict[str, Floats]  # (head,)
-    null: dict[str, Floats]  # (head,), upper 97.5 %
-    rows: dict[str, int]  # prompts that have such tokens
+class Attention(NamedTuple):
+    """Attention of the heads where each look asks, and at random tokens.
+
+    Attributes:
+        score: mean over prompts, (head,). null: of random tokens, upper 97.5 %, (head,). rows: prompts that have such
+        tokens. each: of every prompt, (head, row). chance: of every prompt and draw, (head, row, draw).
+    """
+
+    score: dict[str, Floats]
+    null: dict[str, Floats]
+    rows: dict[str, int]
+    each: dict[str, Floats]
+    chance: dict[str, Floats]
 
 
 def _attention(
     model: Model, pairs: Pairs, heads: Sequence[Part], seed: int, progress: Callable[[int], None]
-) -> _Attention:
-    """Mean attention of every head where each look asks, and at random tokens."""
-    layers, n_heads = model.n_layers, model.n_heads
+) -> Attention:
+    """Attention of every head where each look asks, and at random tokens."""
     rng = torch.Generator().manual_seed(seed)
-    total = {k: torch.zeros(layers, n_heads, dtype=torch.float64) for k in LOOKS}
-    chance = {k: torch.zeros(NULL_DRAWS, layers, n_heads, dtype=torch.float64) for k in LOOKS}
-    rows = dict.fromkeys(LOOKS, 0)
-    prefix = model.anatomy.main.prefix
+    pieces = []
     for number, group in enumerate(pairs.batches(BATCH)):
-        looks = looks_of(group, landmarks(model, group), rng)
-
-        def read(layer: int, looks: Mapping[str, Look] = looks) -> Tap:
-            def tap(pattern: Tensor) -> None:
-                x = pattern.float().cpu().permute(0, 2, 3, 1)  # (row, query, key, head)
-                for name, look in looks.items():
-                    at = x[look.rows, look.queries, look.keys].double()  # (pair, head)
-                    total[name][layer] += (at * look.weights[:, None]).sum(0)
-                    elsewhere = x[look.rows[:, None], look.queries[:, None], look.other]  # (pair, draw, head)
-                    chance[name][:, layer] += torch.einsum("pdh,p->dh", elsewhere.double(), look.weights.double())
-
-            return tap
-
-        _pass(model, group.clean, group, {Site("pattern", n, prefix): [read(n)] for n in range(layers)})
-        for name, look in looks.items():
-            rows[name] += int(look.present.sum())
+        pieces.append(attend(model, group.clean, group.mask, looks_of(group, landmarks(model, group), rng)))
         progress(number + 1)
-    at = [(p.layer or 0, p.index or 0) for p in heads]
-    where = tuple(torch.tensor(at).T)
-    score, null = {}, {}
+    found = joined(pieces)
+    place = {p: i for i, p in enumerate(found.heads)}
+    order = [place[p] for p in heads]
+    each = {k: v[order].double().numpy() for k, v in found.score.items()}
+    chance = {k: v[order].double().numpy() for k, v in found.chance.items()}
+    score, null, rows = {}, {}, {}
+    nothing = np.full(len(heads), np.nan)
     for name in LOOKS:
-        n = rows[name] or float("nan")
-        score[name] = (total[name][where] / n).numpy()
-        drawn = (chance[name][:, where[0], where[1]] / n).numpy()
-        null[name] = np.quantile(drawn, 0.975, axis=0) if rows[name] else np.full(len(heads), np.nan)
-    return _Attention(score, null, rows)
+        there = ~np.isnan(each[name][0])
+        rows[name] = int(there.sum())
+        score[name], null[name] = nothing, nothing
+        if rows[name]:
+            score[name] = each[name][:, there].mean(1)
+            null[name] = np.quantile(chance[name][:, there].mean(1), 0.975, axis=1)
+    return Attention(score, null, rows, each, chance)
 
 
-def _pass(model: Model, ids: Tensor, pairs: Pairs, taps: Mapping[Site, Sequence[Tap]]) -> None:
-    """A forward pass without the unembedding, for its taps."""
-    with torch.no_grad(), memory_errors(), Hooks(model.hf, model.anatomy, taps):
-        model.hf.base_model(**model.inputs(ids, pairs.mask))
-
-
-class _Shifts(NamedTuple):
+class Shifts(NamedTuple):
     """Change of the movers' log odds of attending to wrong and right candidates when a head is knocked out, (head,)."""
 
     wrong: Floats
     right: Floats
     contrast: Floats  # wrong less right
     contrast_low: Floats  # of its 95 % interval
+    each: Floats  # the contrast in every prompt, (head, row); NaN for heads that were not knocked out
 
 
 def _knock_out(
@@ -316,18 +358,18 @@ def _knock_out(
     seed: int,
     progress: Progress | None,
     steps: int,
-) -> _Shifts:
+) -> Shifts:
     """Replaces each candidate's output at END by its mean over counterfactual prompts and watches the movers.
 
     Args:
         candidates: which heads to knock out. weight: how much each head counts as a mover, (head,), 0 for none.
     """
-    nan = np.full(len(heads), np.nan)
+    nan, every = np.full(len(heads), np.nan), np.full((len(heads), pairs.n_rows), np.nan)
     movers = np.flatnonzero(weight > 0).tolist()
     last = max((heads[m].layer or 0 for m in movers), default=-1)
     tried = [c for c in candidates if (heads[c].layer or 0) < last]
     if not tried:
-        return _Shifts(nan, nan.copy(), nan.copy(), nan.copy())
+        return Shifts(nan, nan.copy(), nan.copy(), nan.copy(), every)
     groups = pairs.batches(BATCH)
     means = _end_means(model, groups, [heads[c] for c in tried])
     pieces = []
@@ -347,10 +389,10 @@ def _knock_out(
     each = np.einsum("cmes,cm->sce", shift, share)  # (side, candidate, example): right, wrong
     contrast = each[1] - each[0]
     low, _ = bootstrap_mean(contrast, seed)
-    out = [nan.copy() for _ in range(4)]
-    for values, new in zip(out, (each[1].mean(1), each[0].mean(1), contrast.mean(1), low), strict=True):
-        values[tried] = new
-    return _Shifts(*out)
+    wrong, right, mean, least = (nan.copy() for _ in range(4))
+    wrong[tried], right[tried], mean[tried], least[tried] = each[1].mean(1), each[0].mean(1), contrast.mean(1), low
+    every[tried] = contrast
+    return Shifts(wrong, right, mean, least, every)
 
 
 def _end_means(model: Model, groups: Sequence[Pairs], parts: Sequence[Part]) -> dict[Part, Tensor]:
@@ -366,7 +408,7 @@ def _end_means(model: Model, groups: Sequence[Pairs], parts: Sequence[Part]) -> 
             z = x[torch.arange(len(end), device=x.device), end.to(x.device)].sum(0)
             total[site] = total[site] + z if site in total else z
 
-        _pass(model, group.corrupted, group, {s: [lambda x, s=s: add(x, s)] for s in sites})  # type: ignore[misc]
+        run(model, group.corrupted, group.mask, {s: [lambda x, s=s: add(x, s)] for s in sites})  # type: ignore[misc]
         rows += group.n_rows
     return {p: (total[Site("z", p.layer or 0, prefix)][p.index] / rows)[None, None] for p in parts}
 

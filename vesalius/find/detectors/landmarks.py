@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vesalius.errors import VesaliusError
+from vesalius.find.detectors.looks import Look, require_causal
 from vesalius.model import Model, Pairs
-
-NULL_DRAWS = 64
 
 # Names under which tasks list these tokens; where a task has none of them, they are found by token identity.
 RIGHT_NAMES = ("IO", "right-color", "right")
@@ -52,8 +50,7 @@ def landmarks(model: Model, pairs: Pairs) -> Landmarks:
     Raises:
         VesaliusError: for models that are not causal, and answers of several tokens.
     """
-    if model.kind != "causal":
-        raise VesaliusError(f"{model.name} is {model.kind}; roles are defined for causal language models")
+    require_causal(model, "roles")
     if pairs.targets is not None:
         raise VesaliusError("roles need answers of one token; build the task with scoring='single'")
     end = pairs.reads[:, 0]
@@ -109,33 +106,6 @@ def _alike(model: Model) -> Callable[[int], str]:
         return known[token]
 
     return text
-
-
-class Look(NamedTuple):
-    """Query-key pairs whose attention is summed, with weights that sum to 1 over the queries of a row."""
-
-    rows: Tensor
-    queries: Tensor
-    keys: Tensor
-    weights: Tensor
-    other: Tensor  # random keys of the same queries, (pair, draw)
-    present: Tensor  # (row,): the row has such a query
-
-    @classmethod
-    def of(cls, wanted: Tensor, allowed: Tensor, rng: torch.Generator) -> Look:
-        """From the wanted pairs and the keys that random ones are drawn from, both (row, query, key)."""
-        rows, queries, keys = wanted.nonzero(as_tuple=True)
-        asking = wanted.any(-1)  # (row, query)
-        weights = (1.0 / asking.sum(-1).clamp(min=1))[rows]
-        pool = allowed[rows, queries]
-        usable = pool.any(-1)
-        rows, queries, keys, weights, pool = (x[usable] for x in (rows, queries, keys, weights, pool))
-        other = torch.zeros(len(rows), NULL_DRAWS, dtype=torch.long)
-        if len(rows):
-            other = torch.multinomial(pool.float(), NULL_DRAWS, replacement=True, generator=rng)
-        present = torch.zeros(wanted.shape[0], dtype=torch.bool)
-        present[rows] = True
-        return cls(rows, queries, keys, weights, other, present)
 
 
 def looks_of(pairs: Pairs, marks: Landmarks, rng: torch.Generator) -> dict[str, Look]:
