@@ -55,6 +55,8 @@ bench: $(DEV) ## time the bench against a plain hook loop, the trainer against a
 	$(PY) -m bench.run $(BENCH)
 	$(PY) -m bench.training
 	$(PY) -m bench.optimizers
+	$(PY) -m bench.heads
+	$(PY) -m bench.lens
 
 bench-peers: $(DEV) $(PEERS)/transformer-lens/.done $(PEERS)/nnsight/.done ## time other libraries on the same work, each in its own environment
 	$(PY) -m bench.peers --environments $(PEERS) $(BENCH)

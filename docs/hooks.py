@@ -28,6 +28,14 @@ ROOMS = {
     "vesalius.train.parallel": "Training on several processes",
     "vesalius.evaluate": "Memorization and other behaviour",
     "vesalius.find": "Methods",
+    "vesalius.find.detectors": "Head detectors",
+    "vesalius.find.recall": "Factual recall",
+    "vesalius.find.anchored": "Anchored answers",
+    "vesalius.lens": "Readings of the residual stream",
+    "vesalius.features": "Directions, probes",
+    "vesalius.features.bias": "The bias audit",
+    "vesalius.features.dictionaries": "Sparse autoencoders, codes",
+    "vesalius.features.codebooks": "Codebook features",
     "vesalius.prove": "Proof, comparison, reuse",
     "vesalius.report": "Reports",
     "vesalius.cli": "Commands",
@@ -59,6 +67,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "catalogue/objectives.md": objectives(),
         "catalogue/schedules.md": schedules(),
         "catalogue/corpora.md": corpora(),
+        "catalogue/concepts.md": concepts(),
+        "catalogue/lenses.md": lenses(),
+        "catalogue/detectors.md": detectors(),
     }
     for name, what in ROOMS.items():
         if _exists(name):
@@ -294,8 +305,9 @@ def _attributes(obj: Any) -> list[str]:
 def _sections() -> list[tuple[str, Any]]:
     from vesalius.train import recipe as r
 
-    named = ("model", "data", "parameters", "checkpoints", "evaluate", "branch")
-    kinds = (r.ModelSection, r.DataSection, r.ParameterSection, r.CheckpointSection, r.EvaluateSection, r.BranchSection)
+    named = ("model", "data", "parameters", "norms", "checkpoints", "evaluate", "branch")
+    sections = (r.ModelSection, r.DataSection, r.ParameterSection, r.NormSection)
+    kinds = (*sections, r.CheckpointSection, r.EvaluateSection, r.BranchSection)
     return [("The recipe", r.Recipe), *zip(named, kinds, strict=True)]
 
 
@@ -420,6 +432,82 @@ def schedules() -> str:
         for e in SCHEDULES
     ]
     return "\n".join(text + _table(["name", "what it does", "settings and their defaults", "paper"], rows))
+
+
+def detectors() -> str:
+    """Every head detector with its parameters, from its signature; and the series of successor heads."""
+    from vesalius.find.detectors import DETECTORS
+    from vesalius.find.detectors.base import detector_parameters
+    from vesalius.find.detectors.kinds import series
+
+    text = ["# Head detectors", "", "What `detect(model, NAME)` and `vesalius heads --detectors NAME` accept; see"]
+    text += ["[how to](../howto/heads.md). Roles give a head its leading role; the others are shown beside them.", ""]
+    rows = [
+        (f"[`{e.name}`](#{e.name})", e.summary, "yes" if e.info.get("role") else "", e.paper)
+        for e in sorted(DETECTORS, key=lambda e: (e.info.get("place", 99), e.name))
+    ]
+    text += _table(["name", "what it finds", "role", "paper"], rows)
+    for entry in DETECTORS:
+        function = DETECTORS.get(entry.name)
+        text += [f"## {entry.name}", "", _description(function) or entry.summary, ""]
+        told, known = _arguments(function), detector_parameters(entry.name)
+        rows = [(f"`{n}`", _annotation(p), f"`{p.default!r}`", told.get(n, "")) for n, p in known.items()]
+        text += _table(["parameter", "type", "default", ""], rows) if rows else ["It has no parameters.", ""]
+    text += ["## Series of successor heads", "", "Items that are single tokens of the model's vocabulary are used.", ""]
+    rows = [
+        (f"`{n}`", ", ".join(items[:4]) + " ...", len(items), "yes" if around else "")
+        for n, (items, around) in series().items()
+    ]
+    return "\n".join(text + _table(["name", "items", "how many", "begins again"], rows))
+
+
+def lenses() -> str:
+    """Lenses, how a tuned one is trained, and detectors of odd prompts."""
+    import dataclasses
+
+    from vesalius.lens import LENSES, LensRecipe
+    from vesalius.lens.anomaly import DETECTORS
+
+    text = ["# Lenses", "", "What `trajectory(model, prompt, lens=NAME)` accepts; see [how to](../howto/lens.md). A"]
+    text += ["function of the same kind can be registered in `vesalius.lens.LENSES`.", ""]
+    rows = [(f"`{e.name}`", e.summary, e.info.get("needs", ""), e.paper) for e in LENSES]
+    text += _table(["name", "what it is", "needs", "paper"], rows)
+    text += ["## Training a tuned lens", "", "`vesalius lens train`, `vesalius.lens.LensRecipe`.", ""]
+    fields = dataclasses.fields(LensRecipe)
+    text += _table(["setting", "default"], [(f"`{f.name}`", f"`{f.default!r}`") for f in fields])
+    text += ["## Detectors of odd prompts", "", "`vesalius lens anomaly --detector NAME`.", ""]
+    rows = [(f"`{e.name}`", e.summary, e.paper) for e in DETECTORS]
+    return "\n".join(text + _table(["name", "what it is", "paper"], rows))
+
+
+def concepts() -> str:
+    """Concepts, the ways to find their axes, and association tests."""
+    from vesalius.features import AXES, concept
+    from vesalius.features import concepts as known
+    from vesalius.features.bias import tests
+
+    text = ["# Concepts and word sets", "", "What `vesalius direction NAME` accepts, beside"]
+    text += ["[a file of your own](../howto/directions.md).", ""]
+    rows = []
+    for name, what in known().items():
+        it = concept(name)
+        sizes = f"{len(it.positive)} {it.poles[0]}, {len(it.negative)} {it.poles[1]}"
+        rows.append((f"`{name}`", what, sizes, len(it.graded) or "", len(it.pairs), len(it.templates) or "", it.paper))
+    text += _table(["name", "what it is", "phrases", "rated", "pairs", "templates", "paper"], rows)
+    text += ["## Axes", "", "`vesalius direction --method NAME`; a function of the same kind can be registered in"]
+    text += ["`vesalius.features.AXES`.", ""]
+    text += _table(["name", "what it is", "source"], [(f"`{e.name}`", e.summary, e.paper) for e in AXES])
+    text += [
+        "## Association tests",
+        "",
+        "`vesalius bias --weat NAME`; word lists as published by Caliskan et al. 2017,",
+    ]
+    text += ["Science 356, 183-186.", ""]
+    rows = [
+        (f"`{t.name}`", t.what, f"{len(t.x.words)} + {len(t.y.words)}", f"{len(t.a.words)} + {len(t.b.words)}")
+        for t in tests().values()
+    ]
+    return "\n".join(text + _table(["name", "what is compared", "targets", "attributes"], rows))
 
 
 def corpora() -> str:

@@ -54,3 +54,24 @@ def write(name: str, title: str, study: str, *body: str, seeds: str = "seed 0") 
     text = "\n".join([head, *(part.strip() + "\n" for part in body)])
     (RESULTS / f"{name}.md").write_text(text)
     print(f"wrote docs/results/{name}.md", file=sys.stderr)
+
+
+def look_inside(system: str, claims: Sequence[Sequence[Any]], command: str, page: str) -> None:
+    """Puts a system's rows into docs/results/look-inside.md, in the place of those it had.
+
+    Args:
+        system: its name in the table. claims: rows of (asked, came out, verdict). command: that makes the page.
+        page: name of the system's own page.
+    """
+    path = RESULTS / "look-inside.md"
+    text = path.read_text()
+    mine = [
+        "| " + " | ".join([system, str(asked), f"{came} ({verdict})", f"`{command}`", f"[page]({page}.md)"]) + " |"
+        for asked, came, verdict in claims
+    ]
+    lines = text.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("| system |"))
+    end = next((i for i in range(head, len(lines)) if not lines[i].startswith("|")), len(lines))
+    rows = [line for line in lines[head + 2 : end] if not line.startswith(f"| {system} |")]
+    merged = sorted([*rows, *mine], key=lambda line: line.split("|")[1].strip().lower())
+    path.write_text("\n".join([*lines[: head + 2], *merged, *lines[end:]]) + "\n")

@@ -34,6 +34,7 @@ _LAZY = {
 announce()  # transformers' Auto classes open the models of `vesalius.build`; nothing is loaded for it
 
 if TYPE_CHECKING:
+    from vesalius import lens
     from vesalius.errors import VesaliusError
     from vesalius.find import find
     from vesalius.model import Intervention, Model
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("find", "prove"):  # packages that are called like the function they are named after
+    if name in ("find", "lens", "prove"):  # rooms one calls by their names; two are functions as well
         return importlib.import_module(f"vesalius.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'vesalius' has no attribute '{name}'")
@@ -54,7 +55,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*_LAZY, "find", "prove", "__version__"])
+    return sorted([*_LAZY, "find", "lens", "prove", "__version__"])
 
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "__version__",
     "find",
     "grow",
+    "lens",
     "open",
     "parse",
     "prove",

@@ -157,6 +157,13 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def clock(seconds: float) -> str:
+    """A span of time as m:ss, or h:mm:ss from an hour on."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def one_line(error: BaseException | str) -> str:
     """The error on one line, its kind named unless it is one of ours."""
     text = str(error) if isinstance(error, (str, VesaliusError)) else f"{type(error).__name__}: {error}"

@@ -209,8 +209,8 @@ class Run:
                 with contextlib.suppress(OSError):
                     (self.folder / name).unlink()
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        for name in _OWN - {"lock"}:
-            (self.folder / name).unlink(missing_ok=True)
+        for path in (*(self.folder / name for name in _OWN - {"lock"}), *self.folder.glob("*.html")):
+            path.unlink(missing_ok=True)
 
     def _record_versions(self) -> None:
         path = self.folder / "versions.json"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from vesalius.parts import Address, Edge, Part, parse
 from vesalius.records import dump
 
 Array = NDArray[np.floating[Any]]
+_OWN = {"part", "position", "kind", "layer", "index", "score", "low", "high", "sign_stability", "verified"}
+_PROMPT = re.compile(r"^x\d+$")  # columns of stored per-prompt values
 
 
 def bootstrap_mean(values: Array, seed: int = 0, draws: int = 1000, level: float = 0.95) -> tuple[Array, Array]:
@@ -45,6 +48,7 @@ class Scores:
         positions: token position or position name of each row, or None when summed over positions.
         verified: True where the value was measured by intervention, not estimated, (row,), or None for all alike.
         info: task, method, model, fingerprint, seed, unit, direction and whatever else the method records.
+        columns: more numbers beside each row's score, by name, (row,) each: what its null gives, p-values.
     """
 
     parts: Sequence[Address]
@@ -53,10 +57,16 @@ class Scores:
     positions: Sequence[str] | None = None
     verified: NDArray[np.bool_] | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.parts) != len(self.values):
             raise VesaliusError(f"{len(self.parts)} parts but {len(self.values)} values")
+        for name, values in self.columns.items():
+            if name in _OWN or _PROMPT.match(name) or len(values) != len(self.parts):
+                raise VesaliusError(
+                    f"column '{name}' ({len(values)} values) cannot stand beside {len(self.parts)} scores"
+                )
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -88,6 +98,7 @@ class Scores:
             None if self.positions is None else [self.positions[i] for i in index],
             None if self.verified is None else self.verified[index],
             dict(self.info),
+            {name: np.asarray(values)[index] for name, values in self.columns.items()},
         )
 
     def top(self, k: int, by: Literal["magnitude", "value"] = "magnitude") -> Scores:
@@ -125,8 +136,23 @@ class Scores:
         share: Array = (ranks < k).mean(axis=1)
         return share
 
+    def split_half(self, seed: int = 0, draws: int = 100) -> float:
+        """Reliability: mean Pearson correlation of the scores on one random half of the prompts with the other half's.
+
+        NaN without per-prompt values, or where one half gives every row the same score.
+        """
+        if self.per_example is None or self.per_example.shape[1] < 2:
+            return float("nan")
+        n, rng, found = self.per_example.shape[1], np.random.default_rng(seed), []
+        for _ in range(draws):
+            order = rng.permutation(n)
+            a, b = (self.per_example[:, half].mean(1) for half in (order[: n // 2], order[n // 2 :]))
+            if np.ptp(a) > 0 and np.ptp(b) > 0:
+                found.append(float(stats.pearsonr(a, b).statistic))
+        return float(np.mean(found)) if found else float("nan")
+
     def to_frame(self) -> pd.DataFrame:
-        """A tidy table: part, kind, layer, index, score, low, high, sign_stability; position, verified if known."""
+        """A tidy table: part, kind, layer, index, score, low, high, sign_stability; position, verified; `columns`."""
         low, high = self.interval()
         nodes = [p.receiver if isinstance(p, Edge) else p for p in self.parts]
         frame = pd.DataFrame(
@@ -145,7 +171,7 @@ class Scores:
             frame.insert(1, "position", list(self.positions))
         if self.verified is not None:
             frame["verified"] = self.verified
-        return frame
+        return frame.assign(**self.columns)
 
     def _keys(self, other: Scores) -> list[Any]:
         """What makes a row the same row in another table: its part, and its position where there are positions."""
@@ -201,7 +227,9 @@ class Scores:
             info = json.loads((folder / "scores.json").read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise VesaliusError(f"no readable scores in {folder}: {error}") from error
-        columns = [c for c in frame.columns if c.startswith("x") and c[1:].isdigit()]
+        columns = [c for c in frame.columns if _PROMPT.match(c)]
+        own = {*_OWN, *columns}
+        more = [c for c in frame.columns if c not in own and pd.api.types.is_numeric_dtype(frame[c])]
         return cls(
             [parse(p) for p in frame["part"]],
             frame["score"].to_numpy(float),
@@ -209,6 +237,7 @@ class Scores:
             frame["position"].tolist() if "position" in frame else None,
             frame["verified"].to_numpy(bool) if "verified" in frame else None,
             info,
+            {c: frame[c].to_numpy(float) for c in more},
         )
 
     def _summary(self) -> str:
@@ -228,6 +257,7 @@ def concat(tables: Iterable[Scores]) -> Scores:
     """Joins tables of one method over different kinds of part; per-prompt values are kept if all have them."""
     items = list(tables)
     both = all(t.per_example is not None for t in items)
+    names = [n for n in items[0].columns if all(n in t.columns for t in items)]
     return Scores(
         [p for t in items for p in t.parts],
         np.concatenate([t.values for t in items]),
@@ -237,6 +267,7 @@ def concat(tables: Iterable[Scores]) -> Scores:
         if items[0].verified is not None
         else None,
         dict(items[0].info),
+        {n: np.concatenate([t.columns[n] for t in items]) for n in names},
     )
 
 

@@ -69,12 +69,12 @@ def test_one_token_at_a_time_is_the_forward_pass(mixer: str, positions: str) -> 
 @pytest.mark.parametrize("mixer", CAUSAL)
 def test_step_is_forward(mixer: str) -> None:
     part = loud(MIXERS.get(mixer)(shape(mixer)))
-    x = torch.randn(2, 9, 24)
+    x, ids = torch.randn(2, 9, 24), some_ids(2, 9) % 3
     cache, found = part.init_cache(2), []
     with torch.no_grad():
-        want, losses = part(x, Context())
+        want, losses = part(x, Context(input_ids=ids))
         for t in range(9):
-            y, cache = part.step(x[:, t], cache)
+            y, cache = part.step(x[:, t], cache, Context(input_ids=ids[:, t : t + 1]))
             found.append(y)
     assert losses == {}
     torch.testing.assert_close(torch.stack(found, 1), want, atol=1e-5, rtol=1e-4)
@@ -111,7 +111,8 @@ def test_gradients_in_double(mixer: str) -> None:
     part = loud(MIXERS.get(mixer)(shape(mixer, d_model=8, heads=2, kv_heads=1))).double()
     x = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
     weights = list(part.parameters())
-    assert torch.autograd.gradcheck(lambda y, *_: part(y, Context())[0], (x, *weights), fast_mode=True)
+    context = Context(input_ids=some_ids(2, 7) % 3)
+    assert torch.autograd.gradcheck(lambda y, *_: part(y, context)[0], (x, *weights), fast_mode=True)
 
 
 def test_four_axis_masks_stand_for_everything() -> None:

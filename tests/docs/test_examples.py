@@ -26,7 +26,9 @@ from vesalius.build import preset
 from vesalius.cli.app import command_line
 from vesalius.cli.train import parse_changes
 from vesalius.errors import UnknownName
+from vesalius.features import AXES, concept
 from vesalius.find.base import METHODS, parameters
+from vesalius.find.detectors import DETECTORS
 from vesalius.model import Model
 from vesalius.model.sources.catalogue import catalogue
 from vesalius.tasks import TASKS
@@ -92,6 +94,9 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
     context = root.make_context("vesalius", list(words))
     rest = [*context._protected_args, *context.args]
     found, command, rest = root.resolve_command(context, rest)  # type: ignore[attr-defined]
+    while hasattr(command, "commands"):  # a group: `vesalius lens train`
+        context = command.make_context(found, rest, parent=context)
+        found, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
     return found, command.make_context(found, rest, parent=context).params
 
 
@@ -100,7 +105,10 @@ def test_commands_exist_with_these_options(where: str, line: str, monkeypatch: p
     if shlex.split(line, comments=True)[1:] in (["--help"], ["--version"]):
         return
     command, given = parsed(line)
-    if (method := given.get("method")) is not None:
+    if command == "direction":
+        assert AXES.entry(given["method"] or "pca")
+        assert Path(given["concept"]).suffix or concept(given["concept"])
+    elif (method := given.get("method")) is not None:
         own = parameters(method)  # refuses an unknown method
     if "method_set" in given:
         for item in given.get("method_set") or []:
@@ -108,7 +116,7 @@ def test_commands_exist_with_these_options(where: str, line: str, monkeypatch: p
         for option in ("direction", "steps", "budget", "position"):
             assert given.get(option) is None or option in own, option
     for task in filter(None, str(given.get("task") or given.get("tasks") or "").split(",")):
-        if (command, task) == ("dynamics", "none"):
+        if task == "none" and command in ("dynamics", "heads"):
             continue
         assert Path(task).suffix in (".jsonl", ".csv") or TASKS.entry(task), task
         for item in given.get("task_set") or []:
@@ -167,7 +175,8 @@ def test_python_runs(page: Path, small: Model, tmp_path: Path, monkeypatch: pyte
         return real(spec, **options) if local else small
 
     monkeypatch.setattr(vesalius.model, "open_model", opened)
-    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))  # a page registers a method
+    for registry in (METHODS, DETECTORS):  # a page registers a method, another a detector
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setenv("VESALIUS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     rows = [

@@ -23,6 +23,7 @@ import torch
 import transformers as tf
 
 from vesalius.errors import DownloadError, ModelError, OutOfMemory, UnknownName
+from vesalius.model.model import weights_fingerprint
 from vesalius.model.sources import Located, hub, listing, load, resolve
 from vesalius.model.sources.cache import NOTE
 from vesalius.model.sources.catalogue import catalogue
@@ -801,6 +802,12 @@ def test_each_kind_keeps_its_class_and_weights_frozen_and_in_eval_mode(kind: str
     for name, weight in model.state_dict().items():
         if "pooler" not in name or kind == "encoder":
             assert torch.equal(weight.cpu(), kept[name]), name
+
+
+def test_a_pooler_that_no_checkpoint_holds_is_the_same_at_each_opening(tmp_path: Path) -> None:
+    KINDS["encoder without pooler"]().save_pretrained(tmp_path / "m")
+    one, two = (weights_fingerprint(load(resolve(str(tmp_path / "m"), cache=tmp_path / "c"))[0]) for _ in range(2))
+    assert one == two
 
 
 def test_a_tied_causal_body_has_its_head_and_an_untied_one_is_an_encoder(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import torch
 
 from vesalius.build import planted
 from vesalius.corpus.batches import Batch
+from vesalius.find.detectors.repeats import LOOKS, on_repeats
+from vesalius.find.detectors.stimuli import repeated
 from vesalius.model import Model
-from vesalius.prove.dynamics import LOOKS, in_context, moment, on_repeats, position_loss, repeated
+from vesalius.prove.dynamics import in_context, moment, position_loss
 
 
 @pytest.mark.parametrize("base", ["gpt2", "llama"])

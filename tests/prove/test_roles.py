@@ -13,11 +13,11 @@ from pairs import random_pairs
 from reuse_helpers import known, subject
 
 from vesalius.errors import UnknownName, VesaliusError
+from vesalius.find.detectors.landmarks import landmarks
+from vesalius.find.detectors.roles import roles, watch_shares
 from vesalius.model import Intervention, Model, Pairs, Site
 from vesalius.model.replay import Tape
 from vesalius.parts import Part, parse_part
-from vesalius.prove.landmarks import landmarks
-from vesalius.prove.roles import roles, watch_shares
 
 PLANTED = [("induction", "induction"), ("name-mover", "ioi"), ("name-mover", "who-stayed")]
 

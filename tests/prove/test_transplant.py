@@ -13,10 +13,10 @@ from reuse_helpers import known, subject
 from test_roles import answerable
 
 from vesalius.errors import PartError, UnknownName, VesaliusError
+from vesalius.find.detectors.landmarks import landmarks
+from vesalius.find.detectors.roles import roles
 from vesalius.model import Model, Pairs, Site
 from vesalius.parts import Part, parse_part
-from vesalius.prove.landmarks import landmarks
-from vesalius.prove.roles import roles
 from vesalius.prove.transplant import Bench, best_prefix, choose, donors, transplant
 from vesalius.tasks.metrics import LogitDiff
 

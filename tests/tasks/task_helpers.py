@@ -19,7 +19,8 @@ def text() -> list[str]:
     """The training text: every word after a space several times, templates, and years."""
     words = [w for name in WORDS for w in wordlist(name)]
     words += [w.capitalize() for w in wordlist("colors")]
-    words += [w for line in lines("capitals") for w in line.split(": ") if " " not in w]
+    for name in ("capitals", "languages", "currencies"):
+        words += [w for line in lines(name) for w in line.split(": ") if " " not in w]
     words = [w for w in words if w not in UNSEEN]
     templates = [line for name in ("ioi_templates", "successor_frames", "capital_templates") for line in lines(name)]
     plain = [t.replace("{", "").replace("}", "") for t in templates]

@@ -11,6 +11,7 @@ from task_helpers import opened
 
 from vesalius.errors import TaskError
 from vesalius.tasks import TASKS, Example, task, wordlist
+from vesalius.tasks.facts import relation_of
 from vesalius.tasks.words import lines
 
 # Each oracle answers a prompt from its text alone: the set of right continuations, stripped.
@@ -63,6 +64,18 @@ def arithmetic(prompt: str) -> set[str]:
     return {str(eval(last))}  # digits and a sign, made by the generator
 
 
+def laundry(prompt: str) -> set[str]:
+    things = {*wordlist("objects"), *wordlist("colored_objects")}
+    said = [w for w in re.findall(r"[a-z]+", prompt) if w in things]
+    return {w for w in said if said.count(w) == 1}
+
+
+def fact(prompt: str) -> set[str]:
+    asked = relation_of(prompt)
+    assert asked is not None
+    return {a for topic, a in asked.answers.items() if re.search(rf"\b{topic}\b", prompt)}
+
+
 ORACLES: list[tuple[str, dict[str, Any], Callable[[str], set[str]]]] = [
     ("ioi", {}, ioi),
     ("ioi", {"corruption": "swap"}, ioi),
@@ -76,9 +89,14 @@ ORACLES: list[tuple[str, dict[str, Any], Callable[[str], set[str]]]] = [
     ("successor", {"kind": "days"}, successor),
     ("capital", {}, capital),
     ("capital", {"multi_token": True}, capital),
+    ("facts", {}, fact),
+    ("facts", {"relation": "language"}, fact),
+    ("facts", {"relation": "currency", "templates": 3}, fact),
     ("arithmetic", {}, arithmetic),
     ("arithmetic", {"operation": "subtract"}, arithmetic),
     ("arithmetic", {"max_operand": 40, "max_result": 80}, arithmetic),
+    ("laundry-list", {}, laundry),
+    ("laundry-list", {"items": 9, "missing": 2}, laundry),
 ]
 
 
@@ -95,7 +113,15 @@ def test_answers_follow_from_the_clean_prompt_alone(
 
 @pytest.mark.parametrize(
     ("name", "params"),
-    [("ioi", {"corruption": "swap"}), ("colored-objects", {}), ("successor", {}), ("capital", {}), ("arithmetic", {})],
+    [
+        ("ioi", {"corruption": "swap"}),
+        ("colored-objects", {}),
+        ("successor", {}),
+        ("capital", {}),
+        ("facts", {"relation": "language"}),
+        ("arithmetic", {}),
+        ("laundry-list", {"items": 5}),
+    ],
 )
 def test_the_wrong_answer_is_right_for_the_corrupted_prompt(splitting: Any, name: str, params: dict[str, Any]) -> None:
     oracle = next(o for n, _, o in ORACLES if n == name)

@@ -85,7 +85,8 @@ def test_adapters_go_on_to_the_bit(text: Path, parent: Path, tmp_path: Path) -> 
     [
         ({"only": ["L7.MLP"]}, "L7 does not exist: this model has blocks L0 to L1"),
         ({"only": ["nothing*"]}, r"'nothing\*' matches no parameter"),
-        ({"only": ["L1.H0"]}, "L1.H0 is a slice of a matrix"),
+        ({"freeze": ["L1.H0"]}, "L1.H0 is a slice of a matrix"),
+        ({"only": ["L1.N0"]}, "of slices only heads can be trained"),
         ({"freeze": ["*"]}, "nothing is left to train"),
         ({"lora": {"rank": 2}}, "unknown LoRA setting 'rank'"),
     ],

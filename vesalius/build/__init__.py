@@ -21,6 +21,8 @@ _LAZY = {
     "stock_config": "stock",
     "stock_name": "stock",
     "why_not": "stock",
+    "PlantedChannel": "channel",
+    "planted_channel": "channel",
     "cache_bytes": "counting",
     "flops": "counting",
     "parameters": "counting",
@@ -31,6 +33,7 @@ _LAZY = {
 if TYPE_CHECKING:
     from vesalius.build.architecture import Architecture, Norm, Positions
     from vesalius.build.catalogue import preset, presets
+    from vesalius.build.channel import PlantedChannel, planted_channel
     from vesalius.build.counting import cache_bytes, flops, parameters
     from vesalius.build.feedforwards import FEEDFORWARDS
     from vesalius.build.init import INITS
@@ -57,6 +60,7 @@ __all__ = [
     "Architecture",
     "Norm",
     "Planted",
+    "PlantedChannel",
     "Positions",
     "Prompt",
     "TrueCircuit",
@@ -67,6 +71,7 @@ __all__ = [
     "flops",
     "parameters",
     "planted",
+    "planted_channel",
     "preset",
     "presets",
     "stock_config",

@@ -34,7 +34,37 @@ def _root(
 
 def command_line() -> typer.Typer:
     """The command line with all its commands."""
-    from vesalius.cli import catalogues, check, circuit, compare, data, dynamics, listing, memorize, race, reuse, train
+    from vesalius.cli import (
+        anchor,
+        atlas,
+        bias,
+        catalogues,
+        channels,
+        check,
+        circuit,
+        codebook,
+        codes,
+        compare,
+        data,
+        direction,
+        dynamics,
+        frequency,
+        heads,
+        icll,
+        lens,
+        listing,
+        memorize,
+        observe,
+        probe,
+        race,
+        recursion,
+        reuse,
+        sae,
+        subnetwork,
+        trace,
+        train,
+        tune,
+    )
 
     app = typer.Typer(
         name="vesalius",
@@ -47,8 +77,10 @@ def command_line() -> typer.Typer:
     )
     app.callback()(_root)
     finding = (circuit, reuse, compare)
-    training = (train, data, race, dynamics, memorize)
-    for module in (*finding, *training, check, listing, catalogues):
+    training = (train, data, race, dynamics, recursion, icll, memorize, tune)
+    features = (direction, probe, bias, frequency, subnetwork, sae, codes, codebook)
+    reading = (heads, lens, channels, trace, anchor, observe, *features)
+    for module in (*finding, *reading, *training, atlas, check, listing, catalogues):
         module.register(app)
     return app
 

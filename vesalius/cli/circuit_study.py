@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from vesalius.cli.console import RunStore, Screen, estimate
 from vesalius.errors import VesaliusError
 from vesalius.find.base import find, parameters
+from vesalius.find.detectors.roles import roles
 from vesalius.model import Model, Pairs, Site
 from vesalius.model.graph import universe_of
 from vesalius.parts import Edge, Part
 from vesalius.prove import grow, prove, smallest
 from vesalius.prove.circuit import Circuit
 from vesalius.prove.proof import Proof
-from vesalius.prove.roles import roles
 from vesalius.runs import Run
 from vesalius.scores import Scores
 from vesalius.tasks import TASKS

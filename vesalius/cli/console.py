@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from rich.text import Text
 
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.records import Checkpoint, plain
+from vesalius.runs import Run
 
 MOST_THREADS = 1024
 SHORT = 12  # characters of a text that is never folded
@@ -126,6 +127,19 @@ def estimate(value: Any) -> str:
 
 def _round(value: float | None) -> str:
     return "" if value is None or not np.isfinite(value) else f"{round(float(value), 2) + 0.0:.2f}"  # no -0.00
+
+
+@contextmanager
+def staged(run: Run, screen: Screen) -> Iterator[Callable[[str], Any]]:
+    """A function that is told each step's name: the step before ends, the run notes the stage, progress is shown."""
+    with ExitStack() as current:
+
+        def step(name: str) -> Any:
+            current.close()
+            current.enter_context(run.stage(name))
+            return current.enter_context(screen.step(name))
+
+        yield step
 
 
 class RunStore:

@@ -18,6 +18,7 @@ from vesalius import checkpoints
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen, set_threads
 from vesalius.errors import VesaliusError
+from vesalius.records import clock
 from vesalius.run_index import find_run
 from vesalius.runs import Run, folder_of
 
@@ -208,7 +209,7 @@ class Watching:
         """A step was made: loss (smoothed), tokens a second, time left."""
         self.loss = log.loss if self.loss is None else 0.95 * self.loss + 0.05 * log.loss
         done, speed = log.step + 1, ledger.tokens_per_second
-        left = f", {_clock((total - done) * log.tokens / speed)} left" if speed else ""
+        left = f", {clock((total - done) * log.tokens / speed)} left" if speed else ""
         out = f", held out {held_out:.3f}" if held_out is not None else ""
         told = f"{done:,}/{total:,} loss {self.loss:.3f}{out}, {speed or log.tokens / log.seconds:,.0f} tokens/s{left}"
         if self.quiet:
@@ -228,12 +229,6 @@ class Watching:
         train_report(run)
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def _show(screen: Screen, run: Run) -> None:
     from vesalius.report import train_report
 
@@ -251,7 +246,7 @@ def _show(screen: Screen, run: Run) -> None:
         losses += f" ({summary['bits_per_byte']:.3f} bits a byte)"
     lines.append(losses)
     speed = ledger["tokens_per_second"]
-    spent = f"{ledger['tokens'] / 1e6:.2f} M tokens in {_clock(ledger['seconds'])}"
+    spent = f"{ledger['tokens'] / 1e6:.2f} M tokens in {clock(ledger['seconds'])}"
     if speed:
         spent += f", {speed:,.0f} tokens/s"
     spent += f", peak memory {ledger['peak_memory_bytes'] / 2**20:.0f} MiB"

@@ -71,11 +71,14 @@ class Synthetic:
         """The rows of a step."""
         if step < 0:
             raise CorpusError(f"there is no step {step}; they count from 0")
-        rng = np.random.default_rng([self.seed, step, *f"{self.name}/{self.split}".encode()])
-        ids, mask = self.write(rng)
+        ids, mask = self.write(self.rng(step))
         mask[:, 0] = False  # nothing stands before it
         segments = np.broadcast_to(step * self.rows + np.arange(self.rows)[:, None], ids.shape).copy()
         return Batch(step, ids.astype(np.int64), segments, mask)
+
+    def rng(self, step: int) -> np.random.Generator:
+        """The stream of chance that a step's rows are drawn from."""
+        return np.random.default_rng([self.seed, step, *f"{self.name}/{self.split}".encode()])
 
     def describe(self) -> dict[str, Any]:
         """All that decides the batches; `synthetic_source` builds the task again from it."""
@@ -334,3 +337,49 @@ class Repeat(Synthetic):
         places = np.arange(self.length + 1)[None]  # (1, length + 1)
         ids = np.take_along_axis(once, places % spans, axis=1)
         return ids, places > spans
+
+
+SYNTHETIC.add(
+    "succession",
+    "vesalius.corpus.succession:Succession",
+    summary="the next day, month, letter or number, or the same again",
+    paper="2312.09230",
+)
+SYNTHETIC.add(
+    "markov-spans",
+    "vesalius.corpus.markov:MarkovSpans",
+    summary="a Markov chain, and spans that are written twice",
+    paper="2504.15471",
+)
+
+SYNTHETIC.add(
+    "binary_successor",
+    "vesalius.corpus.recursion:BinarySuccessor",
+    summary="the successor of a binary number, by its recursive definition",
+    paper="2305.14699",
+)
+
+SYNTHETIC.add(
+    "tree_traversal",
+    "vesalius.corpus.recursion:TreeTraversal",
+    summary="the labels of a tree in pre-, in- or post-order, whole or a few unfoldings",
+    paper="2305.14699",
+)
+SYNTHETIC.add(
+    "facts",
+    "vesalius.corpus.facts:Facts",
+    summary="a relation of a subject, or the subject itself, among noise: what only memory can tell",
+    paper="2403.19521",
+)
+SYNTHETIC.add(
+    "fsm",
+    "vesalius.corpus.machine:Machine",
+    summary="states of a random machine, each written as two digits; which may follow is to be known",
+    paper="2310.17230",
+)
+SYNTHETIC.add(
+    "icll",
+    "vesalius.corpus.automata:RegularLanguages",
+    summary="strings of a random regular language, another one in each row",
+    paper="2401.12973",
+)

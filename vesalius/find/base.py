@@ -84,6 +84,21 @@ METHODS.add(
     "Conmy et al. 2023, arXiv 2304.14997, alg. 1",
     levels=("edge",),
 )
+METHODS.add(
+    "sae-codes",
+    "vesalius.features.dictionaries.codes:sae_codes",
+    "heads with discrete codes seen on clean prompts and never on corrupted ones",
+    "O'Neill & Bui 2024, arXiv 2405.12522",
+    levels=("node",),
+    together=True,
+)
+METHODS.add(
+    "activation-difference",
+    "vesalius.features.dictionaries.codes:activation_difference",
+    "how far a head's output on the clean prompt is from that on the corrupted one, a baseline",
+    "none",
+    levels=("node",),
+)
 
 
 class PairsSource(Protocol):
@@ -126,8 +141,8 @@ def find(
     """Scores the parts (or edges) of a model on a task.
 
     Args:
-        method: `direct`, `activation-patching`, `path-patching`, `attribution-patching`, `eap`, `eap-ig`, `relp` or
-            `acdc`; plug-ins registered in `METHODS` too.
+        method: `direct`, `activation-patching`, `path-patching`, `attribution-patching`, `eap`, `eap-ig`, `relp`,
+            `acdc`, `sae-codes` or `activation-difference`; plug-ins registered in `METHODS` too.
         model: from `vesalius.open`. task: from `vesalius.task` (or ready `Pairs`).
         level: score `node`s (heads, MLPs) or `edge`s.
         seed: for whatever the method draws. memory_gb: working memory, GiB.

@@ -12,7 +12,7 @@ import torch
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.find.base import Context, per_example, table
 from vesalius.model import Model, Pairs
-from vesalius.model.contributions import contributions
+from vesalius.model.contributions import contributions, normed
 from vesalius.model.sweep import BATCH
 from vesalius.model.weights import bias_of
 from vesalius.scores import Scores
@@ -71,27 +71,20 @@ def direct(
 def _terms(model: Model, pairs: Pairs, clean: bool) -> tuple[torch.Tensor, torch.Tensor, list]:  # type: ignore[type-arg]
     """Terms of every part (part, row) and of the biases (row,)."""
     ids = pairs.clean if clean else pairs.corrupted
-    found = contributions(model, ids, pairs.mask, pairs.reads, pairs.decoder)
-    norm = model.anatomy.main.final_norm
-    if norm is None:
-        normed, values, bias = found.final, found.values, found.bias
-    else:
-        scale = norm.scale(found.final)
-        normed = norm.module(found.final)
-        values = norm.linear(found.values, scale.unsqueeze(1))
-        bias = norm.linear(found.bias, scale) + (0 if norm.bias is None else norm.bias)
-    direction, offset = _answer_direction(model, pairs, normed)  # (row, read, d), (row,)
-    return (values * direction.unsqueeze(1)).sum((2, 3)).T, (bias * direction).sum((1, 2)) + offset, found.parts
+    found = normed(model, contributions(model, ids, pairs.mask, pairs.reads, pairs.decoder))
+    direction, offset = _answer_direction(model, pairs, found.final)  # (row, read, d), (row,)
+    values = (found.values * direction.unsqueeze(1)).sum((2, 3)).T
+    return values, (found.bias * direction).sum((1, 2)) + offset, found.parts
 
 
-def _answer_direction(model: Model, pairs: Pairs, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _answer_direction(model: Model, pairs: Pairs, final: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The metric's gradient at the normed residual stream, and the term of the unembedding's bias where it has one.
 
     For a logit difference these are the differences of the unembedding's rows and of its biases (GPT-J, Phi).
     """
     tokens = pairs.metric.tokens(pairs)
     with torch.enable_grad():
-        leaf = normed.detach().requires_grad_()
+        leaf = final.detach().requires_grad_()
         logits = model.head(leaf, tokens).float()
         direction, of_logits = torch.autograd.grad(pairs.value(logits).sum(), (leaf, logits))
     unembed = model.anatomy.main.unembed

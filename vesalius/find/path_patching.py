@@ -72,7 +72,7 @@ def path_patching(
     variants = [(part, place) for part in candidates for place in each]
     run = [i for i, (part, _) in enumerate(variants) if plan.reached_from(part)]
     if not plan.receivers:
-        pairs = _AtReads(**vars(pairs))
+        pairs = AtReads(**vars(pairs))
     groups = math.ceil(pairs.n_examples / BATCH)
     values = np.zeros((len(variants), pairs.n_examples))
     slices = _slices(len(run), plan.senders_at_once(pairs))
@@ -107,7 +107,7 @@ def path_patching(
     )
 
 
-class _AtReads(Pairs):
+class AtReads(Pairs):
     """Pairs whose runs matter only from the first read on: with every head frozen nothing crosses positions."""
 
     @property

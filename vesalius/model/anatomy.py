@@ -214,6 +214,11 @@ class Anatomy:
     def block(self, layer: int, stack: str = "") -> Block:
         return self.stack(stack).blocks[layer]
 
+    def attention_of(self, head: Part) -> Block:
+        """The attention a head belongs to: its block, or that block's cross-attention."""
+        block = self.block(self.require(head).layer or 0, head.stack or self.main.prefix)
+        return block.cross if head.kind == "xhead" and block.cross is not None else block
+
     def stack(self, prefix: str = "") -> Stack:
         if prefix in self.stacks:
             return self.stacks[prefix]
@@ -349,8 +354,11 @@ def read_anatomy(hf: PreTrainedModel) -> Anatomy:
 def _read_stack(hf: PreTrainedModel, family: FamilySpec, spec: StackSpec, post_norm: bool) -> Stack:
     kind = cast(NormKind, family.norm)
 
+    def view(module: nn.Module) -> NormView:
+        return NormView(module, "none" if isinstance(module, nn.Identity) else kind)
+
     def norm(module: nn.Module | None) -> NormView | None:
-        return None if module is None else NormView(module, kind)
+        return None if module is None else view(module)
 
     def need(module: nn.Module, path: str) -> nn.Module:
         found = _find(module, path)
@@ -366,10 +374,7 @@ def _read_stack(hf: PreTrainedModel, family: FamilySpec, spec: StackSpec, post_n
         else:
             assert b.q and b.k and b.v
             projections = {"q": need(module, b.q), "k": need(module, b.k), "v": need(module, b.v)}
-        norm_in, norm_mid = (
-            NormView(need(module, b.norm_in), kind),
-            NormView(need(module, b.norm_mid), kind),
-        )
+        norm_in, norm_mid = view(need(module, b.norm_in)), view(need(module, b.norm_mid))
         shared: dict[str, Any] = {
             "layer": layer,
             "stack": spec.prefix,
@@ -384,7 +389,7 @@ def _read_stack(hf: PreTrainedModel, family: FamilySpec, spec: StackSpec, post_n
         head_norms = tuple(n for n in (norm(_find(module, b.q_norm)), norm(_find(module, b.k_norm))) if n is not None)
         cross, extra = None, []
         if b.cross_attn and b.cross_q and b.cross_k and b.cross_v and b.cross_o and b.norm_cross:
-            norm_cross = NormView(need(module, b.norm_cross), kind)
+            norm_cross = view(need(module, b.norm_cross))
             extra.append(norm_cross)
             cross = Block(
                 **shared,

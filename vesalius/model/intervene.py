@@ -1,4 +1,4 @@
-"""Interventions: replace, add to, scale, zero a part, at chosen positions; and what to put in its place.
+"""Interventions: replace, add to, scale, map, zero a part, at chosen positions; and what to put in its place.
 
 An `Intervention` is data; `taps` turns several of them, for several variants of a batch, into functions for `Hooks`.
 """
@@ -17,7 +17,7 @@ from vesalius.model.hooks import Site, Tap
 from vesalius.model.model import Capture, Model
 from vesalius.parts import Part
 
-Op = Literal["set", "add", "scale", "zero"]
+Op = Literal["set", "add", "scale", "zero", "map"]
 Ablation = Literal["zero", "mean", "resample", "counterfactual"]
 
 
@@ -61,7 +61,8 @@ class Intervention:
 
     Attributes:
         part: what is changed.
-        op: `set` to a value, `add` a value, `scale` by a value, or `zero`.
+        op: `set` to a value, `add` a value, `scale` by a value, `zero`, or `map`: the activation times a matrix (d, d),
+            such as I - u u^T, which projects a direction out.
         value: a number, or a tensor that broadcasts against the part's activation (row, pos, d), all positions.
         positions: positions to change, (row,) or (row, k), -1 for none in that row; None for all.
         pattern: the change is to the head's attention pattern (row, query, key) instead of its output.
@@ -96,6 +97,11 @@ class Intervention:
             new = value.expand_as(old) if isinstance(value, Tensor) else torch.full_like(old, float(value))
         elif self.op == "add":
             new = old + value
+        elif self.op == "map":
+            if not isinstance(value, Tensor) or value.shape != (old.shape[-1],) * 2 or old.dim() < 3 or self.pattern:
+                found, d = tuple(value.shape) if isinstance(value, Tensor) else value, old.shape[-1]
+                raise PartError(f"'map' on {self.part} needs a matrix of its width, ({d}, {d}), not {found}")
+            new = old @ value
         else:
             new = old * value
         if self.positions is None:

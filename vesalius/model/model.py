@@ -213,14 +213,24 @@ class Model:
 
     def head(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """As `readout`, from the residual stream after the final norm."""
+        logits = _head_rows(self.anatomy.main, self.stem(hidden), tokens)
+        cap = self.anatomy.softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def stem(self, hidden: Tensor) -> Tensor:
+        """What the unembedding reads, from the residual stream after the final norm: projected and scaled."""
         stack = self.anatomy.main
         if stack.project_out is not None:
             hidden = stack.project_out(hidden)
-        if stack.logit_scale != 1.0:
-            hidden = hidden * stack.logit_scale
-        logits = _head_rows(stack, hidden, tokens)
-        cap = self.anatomy.softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return hidden if stack.logit_scale == 1.0 else hidden * stack.logit_scale
+
+    @property
+    def unembedding(self) -> nn.Linear | None:
+        """The unembedding, where logits are nothing but this map of `stem`; None under a soft-cap or a deeper head."""
+        found = self.anatomy.main.unembed
+        if self.anatomy.softcap is not None or found is None or not _is_plain(found):
+            return None
+        return found if isinstance(found, nn.Linear) and found.weight.device.type != "meta" else None
 
 
 def _head_rows(stack: Stack, hidden: Tensor, tokens: Tensor | None) -> Tensor:

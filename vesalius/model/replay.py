@@ -31,6 +31,8 @@ _AXES: dict[str, tuple[int, int | None]] = {
     "position_embeddings": (0, 1),
     "position_ids": (0, 1),
     "alibi": (0, None),
+    "input_ids": (0, 1),
+    "embedding": (0, 1),
 }
 
 
@@ -103,6 +105,11 @@ class Tape:
     def length(self) -> int:
         """Positions each replay computes."""
         return self.ids.shape[1] - self.start
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether some block reads token ids or embeddings beside the residual stream."""
+        return any(isinstance(a.get(name), Tensor) for a in self.arguments for name in ("input_ids", "embedding"))
 
     def on(self, model: Model) -> Tape:
         """The same recording, replayed through another model object of the same weights."""

@@ -106,6 +106,11 @@ def activations(model: Model, ids: Tensor, pairs: Pairs, capture: Sequence[Site]
     """
     if tape.start == 0 or not tape.replayable:
         return trunk(model, ids, pairs, capture).sites
+    if tape.reads_ids:  # the recorded arguments hold the other prompt's
+        whole = trunk(model, ids, pairs, capture).sites
+        return {
+            s: x[:, :, tape.start :] if s.name.endswith("pattern") else x[:, tape.start :] for s, x in whole.items()
+        }
     recorded: dict[Site, Tensor] = {}
     reading = {s: [lambda x, s=s: recorded.__setitem__(s, x)] for s in capture}
     with torch.no_grad():

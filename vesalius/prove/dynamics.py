@@ -19,26 +19,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vesalius.corpus.batches import Source
-from vesalius.errors import VesaliusError
 from vesalius.find import find
 from vesalius.find.base import PairsSource
-from vesalius.model import Model, Site
+from vesalius.find.detectors.looks import require_causal
+from vesalius.find.detectors.repeats import on_repeats
+from vesalius.find.detectors.stimuli import repeated
+from vesalius.model import Model
 from vesalius.scores import Scores
 from vesalius.tasks.performance import performance
 
 Floats = NDArray[np.float64]
-LOOKS = ("previous-token", "induction", "duplicate-token")
-REPEATED_ROWS = 16
-REPEATED_LENGTH = 48  # tokens before the repeat, or as many as the model's positions allow
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Moment:
     Attributes:
         step: the checkpoint.
         numbers: accuracy, metric, held_out (nats a token), in_context, repeat_first, repeat_second (nats).
-        heads: part, layer, index, and a column for each of `LOOKS`.
+        heads: part, layer, index, and a column for each of `detectors.repeats.LOOKS`.
         scores: of all parts in the task, or None without a task.
     """
 
@@ -80,8 +78,7 @@ def moment(
     Raises:
         VesaliusError: if the model is not causal.
     """
-    if model.kind != "causal":
-        raise VesaliusError(f"{model.name} is {model.kind}; dynamics follow causal language models")
+    require_causal(model, "dynamics")
     numbers: dict[str, float] = {}
     ids = repeated(model, seed)
     heads, first, second = on_repeats(model, ids)
@@ -96,55 +93,6 @@ def moment(
         numbers |= {"accuracy": answers.accuracy, "chance": answers.chance, "metric": float(answers.clean.mean())}
         scores = find(method, model, pairs, seed=seed, memory_gb=memory_gb)
     return Moment(step, numbers, heads, scores)
-
-
-def repeated(model: Model, seed: int, rows: int = REPEATED_ROWS, length: int = REPEATED_LENGTH) -> Tensor:
-    """Rows of random different tokens, each row once and then once more: (row, 2 * length).
-
-    Special tokens are left out; where the vocabulary is smaller than the row, tokens come more than once in a half.
-    """
-    config = model.hf.config
-    size = int(config.vocab_size)
-    if model.tokenizer is not None:
-        size = min(size, len(model.tokenizer))
-    special = set(model.tokenizer.all_special_ids) if model.tokenizer is not None else set()
-    usable = np.array([i for i in range(size) if i not in special])
-    longest = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2 * length)
-    length = max(2, min(length, longest // 2))
-    rng = np.random.default_rng([seed, size, length])
-    drawn = [rng.choice(usable, length, replace=len(usable) < length) for _ in range(rows)]
-    half = torch.from_numpy(np.stack(drawn))
-    return torch.cat([half, half], dim=1)
-
-
-def on_repeats(model: Model, ids: Tensor) -> tuple[pd.DataFrame, float, float]:
-    """Each head's attention on repeated tokens (row, 2 * length), and the mean loss the first and the second time."""
-    half = ids.shape[1] // 2
-    layers = range(model.n_layers)
-    prefix = model.anatomy.main.prefix
-    run = model.run(ids, capture=[Site("pattern", n, prefix) for n in layers])
-    query = torch.arange(half, 2 * half - 1)  # the last token's successor was not seen
-    attending = [n for n in layers if Site("pattern", n, prefix) in run.sites]
-    if not attending:
-        raise VesaliusError(f"no layer of {model.name} has an attention pattern; dynamics follow attention heads")
-    rows = []
-    for layer in attending:
-        pattern = run[Site("pattern", layer, prefix)].float()  # (row, head, query, key)
-        every = torch.arange(1, 2 * half)
-        looks = {
-            "previous-token": pattern[:, :, every, every - 1],
-            "induction": pattern[:, :, query, query - half + 1],
-            "duplicate-token": pattern[:, :, query, query - half],
-        }
-        means = {name: x.mean((0, 2)).tolist() for name, x in looks.items()}
-        for head in range(pattern.shape[1]):
-            row: dict[str, Any] = {"part": f"L{layer}.H{head}", "layer": layer, "index": head}
-            rows.append(row | {name: values[head] for name, values in means.items()})
-    assert run.logits is not None
-    loss = torch.nn.functional.cross_entropy(
-        run.logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten().to(run.logits.device), reduction="none"
-    ).view(len(ids), -1)  # (row, pos)
-    return pd.DataFrame(rows), float(loss[:, : half - 1].mean()), float(loss[:, half:].mean())
 
 
 class PositionLoss(NamedTuple):

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from vesalius.errors import TaskError, VesaliusError
 from vesalius.find import find
 from vesalius.find.base import METHODS, parameters
+from vesalius.find.detectors.roles import ROLES, Roles, roles
 from vesalius.model import Model, Pairs
 from vesalius.model.graph import universe_of
 from vesalius.model.sweep import DEFAULT_MEMORY_GB, Prefixed, Progress, Store
@@ -35,7 +36,6 @@ from vesalius.prove.circuit import Circuit, grow
 from vesalius.prove.faithfulness import evaluate
 from vesalius.prove.overlap import Overlap, overlap
 from vesalius.prove.proof import controls, smallest
-from vesalius.prove.roles import ROLES, Roles, roles
 from vesalius.prove.transplant import MOST, MOVER_ROLES, Transplant, donors, transplant
 from vesalius.scores import Scores
 from vesalius.tasks.performance import Performance, performance

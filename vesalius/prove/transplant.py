@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 
 from vesalius.errors import PartError, UnknownName, VesaliusError
 from vesalius.find.base import PairsSource
+from vesalius.find.detectors.landmarks import Landmarks, landmarks
+from vesalius.find.detectors.roles import Roles, watch_shares
 from vesalius.model import Intervention, Model, Pairs
 from vesalius.model.intervene import taps
 from vesalius.model.replay import Tape
 from vesalius.model.sweep import BATCH, DEFAULT_MEMORY_GB, Progress, metric_values
 from vesalius.parts import Part
-from vesalius.prove.landmarks import Landmarks, landmarks
-from vesalius.prove.roles import Roles, watch_shares
 from vesalius.scores import Scores, bootstrap_mean
 from vesalius.tasks.metrics import LogitDiff, accuracy
 

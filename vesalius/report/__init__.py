@@ -65,6 +65,23 @@ marked ? may be missing. Scores are positive when the part helps the metric.
 - `numbers.parquet`: `step` *, `held_out`?, `in_context`?, `repeat_first`?, `repeat_second`?, `accuracy`?, `chance`?,
   `metric`?. `heads.parquet`: `step` *, `part` *, `induction`, `previous-token`, `duplicate-token`.
   `scores_by_step.parquet`: `step` *, `part` *, `score` *.
+
+**`vesalius heads`**
+
+- `summary.json` *: `model` *, `task`?, `detectors` * {name: {"what", "paper", "unit", "null_is", "n", "options"}},
+  `roles` * (detectors that give a leading role), `found` {name: [parts]}, `skipped` {name: why}, `lead`, `notes`,
+  `command`.
+- `heads.parquet`: `detector` *, `part` *, `layer` *, `index` *, `score` *, `low`, `high`, `null` *, `null_high` *,
+  `p` *, `q` *, `found` *; the Scores of each detector with all its columns lie beside it as `scores-<detector>`.
+  `leading.parquet`: `part` *, `layer` *, `index` *, `role` * ("" for none), `score` *, `excess` *.
+- `portraits.json`: list of {"head" *, "examples": [{"source", "tokens", "query", "attention", "write", "raised"}],
+  "readings": [{"token", "raised", "own_rank"}]}; `portrait-<head>.json`: one, of a head that has a page of its own.
+
+**`vesalius lens ...`**: see `vesalius.report.lens`.
+
+**`vesalius trace`, `vesalius anchor`, `vesalius direction`, `vesalius probe`, `vesalius bias`, `vesalius channels`,
+`vesalius observe`, `vesalius frequency`, `vesalius recursion`, `vesalius icll`, `vesalius tune`, `vesalius codes`,
+`vesalius sae`, `vesalius codebook`**: the docstrings of their modules and functions say what they read.
 """
 
 from __future__ import annotations
@@ -73,13 +90,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vesalius.errors import UnknownName
+from vesalius.report.anchor import anchor_report
+from vesalius.report.bias import bias_report
+from vesalius.report.channels import channels_report, observe_report
 from vesalius.report.circuit import circuit_report
+from vesalius.report.codebooks import codebook_report
 from vesalius.report.compare import compare_report
+from vesalius.report.dictionaries import codes_report, sae_report
+from vesalius.report.direction import direction_report, probe_report
 from vesalius.report.dynamics import dynamics_report
+from vesalius.report.frequency import frequency_report
+from vesalius.report.heads import heads_report
+from vesalius.report.icll import icll_report
+from vesalius.report.lens import lens_report
 from vesalius.report.memorization import memorization_report
 from vesalius.report.race import race_report
+from vesalius.report.recursion import recursion_report
 from vesalius.report.reuse import reuse_report
+from vesalius.report.subnetwork import subnetwork_report
+from vesalius.report.trace import trace_report
 from vesalius.report.train import train_report
+from vesalius.report.tuning import tuning_report
 from vesalius.runs import Run
 
 _REPORTS: dict[str, Callable[[Run], Path]] = {
@@ -90,6 +121,23 @@ _REPORTS: dict[str, Callable[[Run], Path]] = {
     "dynamics": dynamics_report,
     "race": race_report,
     "memorize": memorization_report,
+    "heads": heads_report,
+    "frequency": frequency_report,
+    "recursion": recursion_report,
+    "icll": icll_report,
+    "tune": tuning_report,
+    "direction": direction_report,
+    "probe": probe_report,
+    "bias": bias_report,
+    "channels": channels_report,
+    "observe": observe_report,
+    "codes": codes_report,
+    **{f"codebook-{name}": codebook_report for name in ("train", "show", "steer")},
+    **{f"sae-{name}": sae_report for name in ("train", "show", "use")},
+    "trace": trace_report,
+    "anchor": anchor_report,
+    "subnetwork": subnetwork_report,
+    **{f"lens-{name}": lens_report for name in ("logit", "tuned", "direct", "train", "basis", "anomaly")},
 }
 
 
@@ -106,6 +154,9 @@ def report(run: Run) -> Path:
 
 
 __all__ = [
-    "circuit_report", "compare_report", "dynamics_report", "memorization_report", "race_report", "report",
-    "reuse_report", "train_report",
+    "anchor_report", "bias_report", "channels_report", "circuit_report", "codebook_report", "codes_report",
+    "compare_report", "direction_report", "dynamics_report", "frequency_report", "heads_report", "icll_report",
+    "lens_report", "memorization_report", "observe_report", "probe_report", "race_report", "recursion_report", "report",
+    "reuse_report", "sae_report", "subnetwork_report", "trace_report", "train_report",
+    "tuning_report",
 ]  # fmt: skip

@@ -260,7 +260,9 @@ def pattern(part: str, tokens: Sequence[str], matrix: Sequence[Sequence[float]],
     return Chart(_spec(chart), f"Attention pattern of {part}", title, wide=False)
 
 
-def bars(table: pd.DataFrame, x: str, y: str, title: str, limits: tuple[float, float] | None = None) -> Chart:
+def bars(
+    table: pd.DataFrame, x: str, y: str, title: str, limits: tuple[float, float] | None = None, step: int = 30
+) -> Chart:
     """Horizontal bars with intervals: columns `y` (label), `x`, `low`, `high`, `what` (blue or grey)."""
     kinds = list(dict.fromkeys(table["what"]))
     palette = {"control": CONTROL, "before": "#9cc0e4", "after": POSITIVE}
@@ -270,12 +272,12 @@ def bars(table: pd.DataFrame, x: str, y: str, title: str, limits: tuple[float, f
         tooltip=[y, *[alt.Tooltip(c, format=".3~g") for c in (x, "low", "high")]],
     )
     scale = alt.Scale(domain=list(limits)) if limits else alt.Scale()
-    bar = base.mark_bar(height=15).encode(
+    bar = base.mark_bar(height=step // 2).encode(
         x=alt.X(f"{x}:Q", title=None, scale=scale).axis(grid=True, tickCount=6),
         color=alt.Color("what:N", scale=alt.Scale(domain=kinds, range=colors)).legend(None),
     )
     whisker = base.mark_rule(stroke=INK, strokeWidth=1.6).encode(x="low:Q", x2="high:Q")
-    chart = alt.layer(bar, whisker).properties(width="container", height=30 * len(table))
+    chart = alt.layer(bar, whisker).properties(width="container", height=step * len(table))
     return Chart(_spec(chart), title, title)
 
 
@@ -293,6 +295,35 @@ def scatter(table: pd.DataFrame, x: str, y: str, titles: tuple[str, str], label:
     )  # fmt: skip
     chart = alt.layer(line.encode(x=f"{x}:Q", y=f"{y}:Q"), points).properties(width="container", height=330)
     return Chart(_spec(chart), f"{titles[1]} against {titles[0]}")
+
+
+def dots(table: pd.DataFrame, x: str, y: str, titles: tuple[str, str], label: str) -> Chart:
+    """Points on axes of their own, the name of each shown on hovering."""
+    hover = [label, *[alt.Tooltip(c, format=".3~g") for c in (x, y)]]
+    points = alt.Chart(table).mark_circle(size=60, color=POSITIVE, opacity=0.75).encode(
+        x=alt.X(f"{x}:Q", title=titles[0], scale=alt.Scale(zero=False)).axis(grid=True, tickCount=6),
+        y=alt.Y(f"{y}:Q", title=titles[1], scale=alt.Scale(zero=False)).axis(grid=True, tickCount=6),
+        tooltip=hover,
+    )  # fmt: skip
+    return Chart(_spec(points.properties(width="container", height=300)), f"{titles[1]} against {titles[0]}")
+
+
+def strip(
+    table: pd.DataFrame, x: str, y: str, label: str, titles: tuple[str, str], title: str, order: Sequence[str] = ()
+) -> Chart:
+    """One row of points for each value of `y`, the name of each shown on hovering; 0 is marked."""
+    rows = list(order) or list(dict.fromkeys(table[y]))
+    data = table.reset_index(drop=True)
+    data["spread"] = [(i * 0.618) % 1 for i in range(len(data))]  # evenly, so that near points do not hide each other
+    zero = alt.Chart(pd.DataFrame({x: [0]})).mark_rule(stroke=INK, strokeOpacity=0.5).encode(x=f"{x}:Q")
+    points = alt.Chart(data).mark_circle(size=42, opacity=0.7, color=POSITIVE).encode(
+        x=alt.X(f"{x}:Q", title=titles[0]).axis(grid=True, tickCount=7),
+        y=alt.Y(f"{y}:N", sort=rows, title=titles[1] or None).axis(ticks=False, domain=False, labelLimit=200),
+        yOffset=alt.YOffset("spread:Q", scale=alt.Scale(domain=[-0.2, 1.2])),
+        tooltip=[label, y, alt.Tooltip(x, format=".3~g")],
+    )  # fmt: skip
+    chart = alt.layer(zero, points).properties(width="container", height=max(60, 44 * len(rows)))
+    return Chart(_spec(chart), title, title)
 
 
 def matrix(table: pd.DataFrame, names: Sequence[str], value: str, title: str, signed: bool) -> Chart:

@@ -143,12 +143,12 @@ def _bundle() -> str:
     return text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
-def write(run: Run, page: Page) -> Path:
-    """Writes the page as the run's `report.html` and returns its path.
+def write(run: Run, page: Page, name: str = "report.html") -> Path:
+    """Writes the page into the run's folder and returns its path.
 
     The report is not in the run's manifest: it is drawn from what is, and can be drawn again at any time.
     """
-    path = run.folder / "report.html"
+    path = run.folder / name
     write_atomic(path, page.html().encode("utf-8", "backslashreplace"))
     return path
 

@@ -31,7 +31,9 @@ for _name, _target, _summary, _paper in (
     ("induction", "induction:induction", "A B ... A: B follows, among random words", "arXiv 2209.11895"),
     ("successor", "successor:successor", "the next day, month, number word or letter", "arXiv 2312.09230"),
     ("capital", "capital:capital", "the capital of a country", "arXiv 2202.05262"),
+    ("facts", "facts:facts", "a country's capital, language or currency, in many wordings", "arXiv 2403.19521"),
     ("arithmetic", "arithmetic:arithmetic", "small sums, after solved ones", "arXiv 2305.15054"),
+    ("laundry-list", "laundry_list:laundry_list", "the item missing from a list read again", "arXiv 2406.09519"),
 ):
     TASKS.add(_name, f"vesalius.tasks.{_target}", _summary, _paper)
 

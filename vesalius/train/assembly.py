@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,17 +29,19 @@ from vesalius.corpus.synthetic import synthetic_source
 from vesalius.corpus.tokenizers import train_tokenizer
 from vesalius.corpus.viewer import Viewer
 from vesalius.errors import UnknownName, VesaliusError
+from vesalius.model.constant_norms import constants_of
 from vesalius.model.sources import load, resolve
 from vesalius.model.sources.cache import Cache, cache_folder
 from vesalius.model.sources.hashing import remembered_sha256
 from vesalius.records import plain, read_json, request_hash
+from vesalius.train.norms import NormRemoval
 from vesalius.train.objectives import make_objective
 from vesalius.train.objectives.special import needs_for
 from vesalius.train.optimizers import make_optimizer
 from vesalius.train.parallel import World, parallelize, unwrap
 from vesalius.train.recipe import Recipe
 from vesalius.train.schedules import make_schedule
-from vesalius.train.select import add_lora, choose
+from vesalius.train.select import Slices, add_lora, choose, slices
 from vesalius.train.trainer import Trainer
 
 Tell = Callable[[str], None]
@@ -138,18 +140,7 @@ def data_of(recipe: Recipe, tell: Tell = _silent) -> Data:
     names = [section.corpus] if isinstance(section.corpus, str) else list(section.corpus or [])
     stamps = [_stamp(n, tell) for n in names]
     tokenizer, made_of = _tokenizer(recipe, names, stamps, tell)
-    inputs = _hash(names, stamps, section.deduplicate)
-    folder = cache_folder(None) / "stores" / _hash(inputs, made_of, FORMAT)[:24]
-    build_store = partial(
-        TokenStore.build, tokenizer=tokenizer, folder=folder, deduplicate=section.deduplicate, inputs=inputs
-    )
-    try:
-        store = build_store(_all(names), progress=_telling(tell))
-    except CorpusError as problem:
-        if not folder.exists():
-            raise
-        tell(f"{problem}: making it anew")  # what lies in the cache is damaged; what it is made of vouches for it
-        store = build_store(_all(names), progress=_telling(tell), overwrite=True)
+    store = _stored(names, stamps, tokenizer, made_of, section.deduplicate, tell)
     if not section.held_out:
         train: Tokens = store
         kept = None
@@ -161,6 +152,51 @@ def data_of(recipe: Recipe, tell: Tell = _silent) -> Data:
     if recipe.branch is not None and recipe.branch.swap:
         read = source.rewritten(recipe.branch.step, words=recipe.branch.swap)
     return Data(read, held_out, tokenizer, train, _bytes_per_token(kept))
+
+
+def store_of(names: Sequence[str], tokenizer: Any, tell: Tell = _silent) -> TokenStore:
+    """The token store of some corpora, files or folders under a tokenizer that is at hand; kept in the cache.
+
+    Documents end with the tokenizer's end-of-text token, where it has one.
+
+    Raises:
+        VesaliusError: for a corpus that is missing, empty or not text, or a tokenizer without a fast form.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise VesaliusError("a corpus is read through a fast tokenizer (tokenizer.json), and this model has none")
+    stamps = [_stamp(n, tell) for n in names]
+    ends = tokenizer.eos_token_id is not None or tokenizer.sep_token_id is not None
+    made_of = tokenizer_sha256(tokenizer)
+    return _stored(list(names), stamps, tokenizer, made_of, False, tell, "eos" if ends else None)
+
+
+def _stored(
+    names: list[str],
+    stamps: list[str],
+    tokenizer: Any,
+    made_of: Any,
+    deduplicate: bool,
+    tell: Tell,
+    separator: str | None = "eos",
+) -> TokenStore:
+    """Builds the store in the cache, or finds it there; a damaged one is built anew."""
+    inputs = _hash(names, stamps, deduplicate)
+    folder = cache_folder(None) / "stores" / _hash(inputs, made_of, FORMAT)[:24]
+    build_store = partial(
+        TokenStore.build,
+        tokenizer=tokenizer,
+        folder=folder,
+        separator=separator,
+        deduplicate=deduplicate,
+        inputs=inputs,
+    )
+    try:
+        return build_store(_all(names), progress=_telling(tell))
+    except CorpusError as problem:
+        if not folder.exists():
+            raise
+        tell(f"{problem}: making it anew")  # what lies in the cache is damaged; what it is made of vouches for it
+        return build_store(_all(names), progress=_telling(tell), overwrite=True)
 
 
 def _plugged(key: str, make: Callable[..., Any], settings: Mapping[str, Any], *taken: str) -> Any:
@@ -284,6 +320,11 @@ def model_of(recipe: Recipe, tokenizer: Any) -> PreTrainedModel:
             )
         seed = recipe.seed if section.init_seed is None else section.init_seed
         model = build(made, seed, stock=section.stock)
+    if constants_of(model) and recipe.norms is None:
+        raise VesaliusError(
+            f"some norms of {section.source} are constants, which an ordinary checkpoint cannot hold; go on with its "
+            "own run (--resume, --branch)"
+        )
     model.requires_grad_(True).train()
     if recipe.dropout is not None:
         _set_dropout(model, recipe.dropout)
@@ -315,6 +356,8 @@ class Assembly:
     trainer: Trainer
     data: Data
     recipe: Recipe
+    removal: NormRemoval | None = None
+    held: int = 0  # numbers in trained tensors that stay as they are
 
     @property
     def lineage(self) -> dict[str, Any]:
@@ -348,7 +391,13 @@ class Assembly:
         note = read_json(folder / checkpoints.NOTE, "branch from another step")
         if note.get("data", {}).get("tokenizer") != self.description["tokenizer"]:
             raise VesaliusError(f"{folder} was trained with another tokenizer; give data.tokenizer as that run has it")
-        if note.get("recipe", {}).get("optimizer", {}).get("name") == self.recipe.optimizer.name:
+        same = note.get("recipe", {}).get("optimizer", {}).get("name") == self.recipe.optimizer.name
+        if note.get("recipe", {}).get("norms") and (self.recipe.norms is None or not same):
+            raise VesaliusError(
+                f"{folder} belongs to a run that takes norms out; branch from it with its norms and its optimizer, or "
+                f"train on from its end as from any model (model.source: {folder.parent.parent}@last)"
+            )
+        if same:
             trainer.load(folder, with_settings=False)
         else:
             trainer.load_weights(folder)
@@ -392,6 +441,10 @@ def assemble(
         add_lora(model, settings.lora, recipe.seed)
     elif settings.roles or settings.only or settings.freeze:
         choose(model, settings.roles, settings.only, settings.freeze)
+    parts = [s for s in slices(model, settings.only) if s.tensor.requires_grad]
+    if parts and world.size > 1:
+        raise VesaliusError("single heads are trained in one process; start without torchrun, or name L3.attn")
+    removal = None if recipe.norms is None else _removal(recipe, model, data, world)
     needs = needs_for(model, data.tokenizer)
     aim = partial(make_objective, recipe.objective.name, needs, tokenizer=data.tokenizer)
     objective = _plugged("objective", aim, recipe.objective.settings, "needs", "tokenizer")
@@ -410,5 +463,22 @@ def assemble(
         clip=recipe.clip,
         precision=recipe.precision,
         world=world,
+        plugs=[*([] if removal is None else [removal]), *([Slices(parts)] if parts else [])],
     )
-    return Assembly(trainer, data, recipe)
+    return Assembly(trainer, data, recipe, removal, sum(s.held for s in parts))
+
+
+def _removal(recipe: Recipe, model: PreTrainedModel, data: Data, world: World) -> NormRemoval:
+    """What takes the norms out, if there are steps enough for it."""
+    assert recipe.norms is not None
+    if world.size > 1:
+        raise VesaliusError("norms are taken out in one process; start without torchrun")
+    if recipe.parameters.lora is not None:
+        raise VesaliusError("norms are taken out of whole models, not beside LoRA adapters; leave out parameters.lora")
+    made = NormRemoval(model, recipe.norms, None if data.store is None else data.store.separator)
+    if recipe.steps <= made.last_step:
+        raise VesaliusError(
+            f"the last norm becomes one number at step {made.last_step}, and there are {recipe.steps} steps; give "
+            f"{made.last_step + 1} or more, or smaller gaps (norms.gap_v, ...)"
+        )
+    return made

@@ -1,18 +1,27 @@
-"""Which parameters of a model change: all, some by role, name or part, or LoRA adapters beside frozen weights."""
+"""Which parameters of a model change: all, some by role, name or part, single heads, or LoRA adapters beside the rest.
+
+A head is a slice of matrices. Its slice of W_Q, W_K, W_V (biases included) and W_O is trained and the rest of these
+tensors held: gradients are zero there, and what weight decay or an optimizer's state would still move is put back after
+every step, so that it stays as it was to the last bit. Keys and values that several heads share are trained for all.
+"""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from vesalius.errors import PartError, UnknownName, VesaliusError
-from vesalius.model.anatomy import Anatomy, read_anatomy
-from vesalius.parts import parse_part
+from vesalius.model.anatomy import Anatomy, Side, read_anatomy
+from vesalius.model.weights import matrix
+from vesalius.parts import Part, parse_part
+from vesalius.train.plugs import Plug
 from vesalius.train.roles import roles
 
 LORA_SETTINGS = (
@@ -33,24 +42,124 @@ def choose(
     Args:
         model: changed in place.
         by_role: roles to train (see `roles`); all if None.
-        only: name patterns (`*mlp*`) or part addresses (`L3`, `L3.MLP`, `L3.attn`, `embed`, `unembed`) to train.
-        freeze: the same, to leave as they are.
+        only: name patterns (`*mlp*`) or part addresses (`L3`, `L3.MLP`, `L3.attn`, `L3.H2`, `embed`, `unembed`) to
+            train. Of heads only the slices change, if `Slices` watches over the training.
+        freeze: the same, but no heads, to leave as they are.
 
     Raises:
         VesaliusError: if a pattern matches nothing, or nothing is left to train.
     """
     found = roles(model)
     chosen = {id(p.tensor) for p in found if by_role is None or p.role in by_role}
+    parts = slices(model, only)
     if only is not None:
-        chosen &= set[int]().union(*(matching(model, o) for o in only))
+        whole = set[int]().union(*(matching(model, o) for o in only if _head(o) is None))
+        chosen &= whole | {id(s.tensor) for s in parts}
     for pattern in freeze:
         chosen -= matching(model, pattern)
     for p in found:
         p.tensor.requires_grad_(id(p.tensor) in chosen)
     trained = sum(p.tensor.numel() for p in found if id(p.tensor) in chosen)
+    trained -= sum(s.held for s in parts if id(s.tensor) in chosen)
     if not trained:
         raise VesaliusError("parameters: nothing is left to train; widen roles or only, or shorten freeze")
     return trained
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Part of a tensor: `inside` is true where it may change, in the tensor's shape."""
+
+    tensor: nn.Parameter
+    inside: Tensor
+
+    @property
+    def held(self) -> int:
+        """Numbers of the tensor that stay as they are."""
+        return int((~self.inside).sum())
+
+
+def slices(model: PreTrainedModel, only: Sequence[str] | None) -> list[Slice]:
+    """The tensors that are trained in part: those of the heads named in `only`, but for tensors it names whole.
+
+    Raises:
+        VesaliusError: for a head the model does not have, or a side of one.
+    """
+    heads = [h for h in map(_head, only or ()) if h is not None]
+    if not heads:
+        return []
+    anatomy = read_anatomy(model)
+    whole = set[int]().union(*(matching(model, o) for o in only or () if _head(o) is None))
+    found: dict[int, Slice] = {}
+    for head in heads:
+        if head.side is not None:
+            raise VesaliusError(f"parameters: {head} is one side of a head; name the head, L{head.layer}.H{head.index}")
+        for tensor, inside in _slices_of(anatomy, head):
+            before = found.get(id(tensor))
+            found[id(tensor)] = Slice(tensor, inside if before is None else before.inside | inside)
+    return [s for key, s in found.items() if key not in whole]
+
+
+def _head(text: str) -> Part | None:
+    """The head that an address means, or None for any other pattern."""
+    try:
+        part = parse_part(text)
+    except PartError:
+        return None
+    return part if part.kind in ("head", "xhead") else None
+
+
+def _slices_of(anatomy: Anatomy, head: Part) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """A head's tensors, and where in them it is."""
+    block = anatomy.attention_of(head)
+    a, index = anatomy, head.index or 0
+    sides: tuple[Side, ...] = ("q", "k", "v")
+    for side in sides:
+        module = block.projections[side]
+        every = torch.arange(matrix(module).shape[1])
+        fused = block.projections["q"] is block.projections["k"]
+        by_head = a.split_qkv(every, side) if fused else every.unflatten(-1, (-1, a.d_head))  # (head, d_head)
+        columns = by_head[index // (a.n_heads // len(by_head))]
+        for name in ("weight", "bias"):
+            tensor = getattr(module, name, None)
+            if isinstance(tensor, nn.Parameter):
+                inside = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
+                inside[(..., columns) if isinstance(module, Conv1D) else columns] = True  # nn.Linear keeps (out, in)
+                yield tensor, inside
+    tensor = block.o.weight
+    if isinstance(tensor, nn.Parameter):
+        inside = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
+        mine = slice(index * a.d_head, (index + 1) * a.d_head)
+        if isinstance(block.o, Conv1D):
+            inside[mine] = True
+        else:
+            inside[:, mine] = True
+        yield tensor, inside
+
+
+class Slices(Plug):
+    """The plug that holds what of a tensor is not to change, to the last bit.
+
+    Args:
+        parts: from `slices`; their tensors are parameters of the model that is trained.
+    """
+
+    def __init__(self, parts: Sequence[Slice]) -> None:
+        self.parts, self.kept = list(parts), list[Tensor]()
+        for part in self.parts:
+            part.tensor.register_hook(lambda g, inside=part.inside: g * inside)
+
+    def begin(self, step: int) -> None:
+        if not self.kept:
+            self.kept = [s.tensor.detach().clone() for s in self.parts]
+
+    @torch.no_grad()
+    def end(self, step: int) -> None:
+        for part, before in zip(self.parts, self.kept, strict=True):
+            part.tensor.copy_(torch.where(part.inside, part.tensor, before))
+
+    def load(self, tensors: Mapping[str, Tensor], done: int) -> None:
+        self.kept = []  # what the checkpoint holds outside is what the model had at first
 
 
 def matching(model: PreTrainedModel, pattern: str) -> set[int]:
@@ -83,8 +192,8 @@ def _of_address(model: PreTrainedModel, text: str) -> list[nn.Module]:
         return []
     if part.kind in ("head", "neuron"):
         raise VesaliusError(
-            f"parameters: {text} is a slice of a matrix; whole tensors are trained or frozen here ({part.stack and ''}"
-            f"L{part.layer}.attn, L{part.layer}.MLP)"
+            f"parameters: {text} is a slice of a matrix; of slices only heads can be trained "
+            f"(only: [L{part.layer}.H0]), none frozen; name L{part.layer}.attn or L{part.layer}.MLP"
         )
     if part.kind == "embed":
         return [model.get_input_embeddings()]

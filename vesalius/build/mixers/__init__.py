@@ -17,5 +17,11 @@ MIXERS.add(
     paper="arXiv 2309.11197",
 )
 MIXERS.add("lstm", "vesalius.build.mixers.qlstm:Lstm", "LSTM by heads, one step at a time", paper="arXiv 2309.11197")
+MIXERS.add(
+    "ngram",
+    "vesalius.build.mixers.ngram:Ngram",
+    "hard-wired n-gram heads: the mean of what stood after earlier occurrences of the last 1, 2, 3 tokens",
+    paper="arXiv 2401.12973",
+)
 
 __all__ = ["MIXERS", "Context", "Mixer", "Store"]

@@ -76,6 +76,7 @@ class Mixer(nn.Module):
         Options: its settings, checked with the architecture. causal, bidirectional: kinds of model it can serve.
         needs_positions: it cannot tell order by itself. growth: of its cost with length.
         recurrent: it keeps a state of constant size, and cannot follow masks between pairs of positions.
+        hard_wired: whom its heads read is decided by token ids, not by queries and keys.
         needs: `input_ids`, `embedding`, if it wants them in its context.
 
     Attributes:
@@ -87,6 +88,7 @@ class Mixer(nn.Module):
     bidirectional: ClassVar[bool] = False
     needs_positions: ClassVar[bool] = False
     recurrent: ClassVar[bool] = False
+    hard_wired: ClassVar[bool] = False
     growth: ClassVar[Growth] = "n2"
     needs: ClassVar[tuple[str, ...]] = ()
     o: nn.Linear
