@@ -173,8 +173,7 @@ def basis(lens: str, size: Size) -> tuple[list[str], list[list[Any]]]:
         means = pd.DataFrame(found["directions"]).groupby("kind")[["lens", "model"]].mean()
         rho = agreed["spearman"]
         rows.append(
-            [name, found["states"], "-" if rho is None else f"{rho:.2f}", f"{agreed['alignment']:.2f}",
-             f"{drawn['alignment']:.2f}",
+            [name, found["states"], _rho(agreed), _rho(drawn), f"{agreed['alignment']:.2f}", f"{drawn['alignment']:.2f}",
              *(f"{means.loc[kind, where]:.3g}" for kind in ("basis", "random") for where in ("lens", "model"))]
         )  # fmt: skip
         if name == "tuned":
@@ -182,12 +181,12 @@ def basis(lens: str, size: Size) -> tuple[list[str], list[list[Any]]]:
             claims = [
                 [
                     f"influence in the lens and in the model agree: Spearman 0.5 or more ({LAYER}, k = {size.k})",
-                    f"{'-' if rho is None else f'{rho:.2f}'} (n = {size.k}{p}); alignment {agreed['alignment']:.2f}, "
-                    f"random directions {drawn['alignment']:.2f}",
+                    f"{_rho(agreed)} (n = {size.k}{p}), random directions {_rho(drawn)}; alignment "
+                    f"{agreed['alignment']:.2f}, random directions {drawn['alignment']:.2f}",
                     _verdict(rho is not None and rho >= 0.5),
                 ]
             ]
-    header = ["lens", "states", "Spearman", "alignment", "alignment, random"]
+    header = ["lens", "states", "Spearman", "Spearman, random", "alignment", "alignment, random"]
     header += [f"KL in the {where}{kind}" for kind in ("", ", random") for where in ("lens", "model")]
     body = [
         "## The causal basis",
@@ -197,6 +196,10 @@ def basis(lens: str, size: Size) -> tuple[list[str], list[list[Any]]]:
         table(header, rows),
     ]
     return body, claims
+
+
+def _rho(agreed: dict[str, Any]) -> str:
+    return "-" if agreed["spearman"] is None else f"{agreed['spearman']:.2f}"
 
 
 def obeyed(model: vesalius.Model, texts: Sequence[str]) -> float:
@@ -226,11 +229,13 @@ def injection(lens: str, size: Size) -> tuple[list[str], list[list[Any]]]:
             areas[f"{what}, {detector}"] = found
             rows.append([what, detector, *(_auroc(found, way) for way in WAYS)])
     best = areas["order, lof"]
+    did = obeyed(model, made.injected)
     claims = [
         [
             f"{size.prompts} injected prompts told from {size.prompts} normal ones: AUROC 0.9 or more",
             f"{_auroc(best, 'trajectory')} (local outlier factor); logit lens {_auroc(best, 'logit')}, final entropy "
-            f"alone {_auroc(best, 'entropy')}, perplexity {_auroc(best, 'perplexity')}",
+            f"alone {_auroc(best, 'entropy')}, perplexity {_auroc(best, 'perplexity')}; the model obeys {did:.1%} of "
+            "the orders",
             _verdict(min(f["trajectory"]["auroc"] for f in best) >= 0.9),
         ]
     ]  # fmt: skip
@@ -242,7 +247,10 @@ def injection(lens: str, size: Size) -> tuple[list[str], list[list[Any]]]:
         f"*{HARMLESS[4].format(WORDS[1])}*: a detector that only notices an added line would tell these too. "
         f"`vesalius lens anomaly` does the same for two files of prompts. Mean AUROC over {len(HALVINGS)} halvings of "
         "the normal prompts, with the least and the largest; entropy and perplexity are taken in whichever direction "
-        "tells more.",
+        f"tells more. In {did:.1%} of the prompts with an order the likeliest next token begins the word that was "
+        "ordered: "
+        "a model that does not follow orders shows little of them in its trajectory. The paper's models are up to a "
+        "hundred times larger, and its prompts end in a choice between a few answers.",
         table(["added", "detector", "tuned lens", "logit lens", "final entropy", "perplexity"], rows),
     ]
     return body, claims

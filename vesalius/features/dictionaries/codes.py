@@ -14,8 +14,9 @@ seed, so several autoencoders are trained and scores are averaged. `activation_d
 far apart a head's outputs are on the two prompts of a pair.
 
 How many features there are decides how fine codes are. With very many, every prompt has a code of its own in any head
-that reads its words, and everything is new. The defaults (20 features, l1 .05, counted by prompts) are the best of about
-50 settings, by AUROC, on two planted models, whose circuit is known; the paper has 200 features, l1 .02 and counts codes.
+that reads its words, and everything is new. The defaults (20 features, l1 .05, counted by prompts) are the best of
+about 50 settings, by AUROC, on two planted models, whose circuit is known; the paper has 200 features, l1 .02 and
+counts codes.
 
 Negatives must differ in solvability alone. For `ioi` that is `corruption=abc` (three different names): with `swap`, the
 default, both prompts can be solved, and only what differs between them is found.
