@@ -40,10 +40,15 @@ def estimate(value: Mapping[str, float | None] | float | None, digits: int = 2) 
     return f"{mean:.{digits}f}" + ("" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
 
 
+def _cell(value: Any) -> str:
+    """Text as it may stand between bars."""
+    return str(value).replace("\\|", "|").replace("|", "\\|")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -66,7 +71,9 @@ def look_inside(system: str, claims: Sequence[Sequence[Any]], command: str, page
     path = RESULTS / "look-inside.md"
     text = path.read_text()
     mine = [
-        "| " + " | ".join([system, str(asked), f"{came} ({verdict})", f"`{command}`", f"[page]({page}.md)"]) + " |"
+        "| "
+        + " | ".join([system, _cell(asked), _cell(f"{came} ({verdict})"), f"`{command}`", f"[page]({page}.md)"])
+        + " |"
         for asked, came, verdict in claims
     ]
     lines = text.splitlines()

@@ -173,7 +173,8 @@ def basis(lens: str, size: Size) -> tuple[list[str], list[list[Any]]]:
         means = pd.DataFrame(found["directions"]).groupby("kind")[["lens", "model"]].mean()
         rho = agreed["spearman"]
         rows.append(
-            [name, found["states"], _rho(agreed), _rho(drawn), f"{agreed['alignment']:.2f}", f"{drawn['alignment']:.2f}",
+            [name, found["states"], _rho(agreed), _rho(drawn),
+             f"{agreed['alignment']:.2f}", f"{drawn['alignment']:.2f}",
              *(f"{means.loc[kind, where]:.3g}" for kind in ("basis", "random") for where in ("lens", "model"))]
         )  # fmt: skip
         if name == "tuned":
@@ -248,9 +249,8 @@ def injection(lens: str, size: Size) -> tuple[list[str], list[list[Any]]]:
         f"`vesalius lens anomaly` does the same for two files of prompts. Mean AUROC over {len(HALVINGS)} halvings of "
         "the normal prompts, with the least and the largest; entropy and perplexity are taken in whichever direction "
         f"tells more. In {did:.1%} of the prompts with an order the likeliest next token begins the word that was "
-        "ordered: "
-        "a model that does not follow orders shows little of them in its trajectory. The paper's models are up to a "
-        "hundred times larger, and its prompts end in a choice between a few answers.",
+        "ordered: a model that does not follow orders shows little of them in its trajectory. The paper's models are "
+        "up to a hundred times larger, and its prompts end in a choice between a few answers.",
         table(["added", "detector", "tuned lens", "logit lens", "final entropy", "perplexity"], rows),
     ]
     return body, claims
