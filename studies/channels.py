@@ -301,7 +301,7 @@ def couplings_page(c: dict[str, Any]) -> list[str]:
         "features of unrelated observables share some of their variance; the covariance foretells how much.",
         table(
             ["path", "at", "slope", "weighted C", "plain C", "r", "weighted r", "cosine"]
-            + ["random pairs: mean |r| (most; over 0.2)", "foretold", "plain"],
+            + ["random pairs: size of r, mean (most; over 0.2)", "foretold", "plain"],
             rows,
         ),
     ]
@@ -330,14 +330,14 @@ def occupations_page(g: dict[str, Any]) -> list[str]:
         + ".",
         f"The feature taken out of what heads read ({g['single']} occupations of one token, mean |she − he| "
         f"{g['size']:.2f}); random: the same with random directions.",
-        table(["heads", "|she − he| falls by", "its spread by", "random", "random, most"], taken),
+        table(["heads", "size of she − he falls by", "its spread by", "random", "random, most"], taken),
         f"Lengths against path patching to the logits on one pair of prompts: Spearman {g['ranks']['spearman']:.2f} "
         f"over {g['ranks']['heads']} heads, {g['ranks']['top20']} of the first twenty in common.",
     ]
 
 
 def main() -> None:
-    """Measures and writes docs/results/look-inside-channels.md (about 25 minutes of one core)."""
+    """Measures and writes docs/results/look-inside-channels.md (about 35 minutes of one core)."""
     quick = is_quick(__doc__)
     size, folder = (QUICK, RUNS / "channels-quick") if quick else (FULL, RUNS / "channels")
     model = vesalius.open("smollm2-135m")
