@@ -128,7 +128,7 @@ def circuits(found: Sequence[Needed], refused: Mapping[str, str], leading: Mappi
                 f"{kept['mean']:.2f} [{kept['low']:.2f}, {kept['high']:.2f}]",
                 f"{random['mean']:.2f}" if random.get("mean") is not None else "-",
                 f"{with_role} of {len(it.heads)}",
-                strong,
+                f"{strong} ({s['unit']})" if s.get("unit") else strong,
             ]
         )
     header = ["task", "accuracy (chance)", "heads needed", "faithfulness, held out", "random circuits"]
