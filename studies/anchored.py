@@ -101,33 +101,33 @@ def real(size: Size) -> tuple[list[str], list[list[str]]]:
         return ", ".join(f"{v:.{digits}f}" for v in values)
 
     claims = [
-        ["12.1 the bias: A chosen nearly always, accuracy near chance",
+        ["the bias: A chosen nearly always, accuracy near chance",
          "A " + each([b.chosen[0] for b in bias]) + "; accuracy "
          + each([b.accuracy for b in bias]) + "; variation " + each([b.variation for b in bias])
          + f"; chi-square p ≤ {max(b.p for b in bias):.0e}",
          verdict([b.chosen[0] >= 0.9 for b in bias])],
-        ["12.2 terms add up to 1e-4", f"{max(it.diagnosis.residue for it in found):.1e} at most",
+        ["terms add up to 1e-4", f"{max(it.diagnosis.residue for it in found):.1e} at most",
          verdict([it.diagnosis.residue <= 1e-4 for it in found])],
-        ["12.2 the last three layers write ≥ 50 %", each([it.diagnosis.top_share for it in found]),
+        ["the last three layers write ≥ 50 %", each([it.diagnosis.top_share for it in found]),
          verdict([it.diagnosis.top_share >= 0.5 for it in found])],
-        ["12.3 label-free edit: variation ≤ 0.35 held out", each([v["variation"] for v in value]),
+        ["label-free edit: variation ≤ 0.35 held out", each([v["variation"] for v in value]),
          verdict([v["variation"] <= 0.35 for v in value])],
-        ["12.3 accuracy not lower",
+        ["accuracy not lower",
          ", ".join(f"{p['accuracy']:.3f} → {v['accuracy']:.3f}" for p, v in zip(plain, value, strict=True)),
          verdict([v["accuracy"] >= p["accuracy"] for p, v in zip(plain, value, strict=True)])],
-        ["12.3 accuracy ≥ 5 points up (the model knows " + each([b.knows for b in bias]) + " by words)",
+        ["accuracy ≥ 5 points up (the model knows " + each([b.knows for b in bias]) + " by words)",
          each([100 * (v["accuracy"] - p["accuracy"]) for p, v in zip(plain, value, strict=True)], 1) + " points",
          verdict([v["accuracy"] >= p["accuracy"] + 0.05 for p, v in zip(plain, value, strict=True)])],
-        ["12.3 plain-text loss ≤ 0.01 up", each([v["text"] for v in value], 4),
+        ["plain-text loss ≤ 0.01 up", each([v["text"] for v in value], 4),
          verdict([v["text"] <= 0.01 for v in value])],
-        ["12.3 random edits as large change nothing (≤ 0.05)", each(moved), verdict([m <= 0.05 for m in moved])],
-        ["12.3 matches prior calibration (variation, accuracy)",
+        ["random edits as large change nothing (≤ 0.05)", each(moved), verdict([m <= 0.05 for m in moved])],
+        ["matches prior calibration (variation, accuracy)",
          ", ".join(f"{v['variation']:.2f} against {c['variation']:.2f}, {v['accuracy']:.3f} "
          f"against "
          f"{c['accuracy']:.3f}" for v, c in zip(value, calibrated, strict=True)),
          verdict([v["variation"] <= c["variation"] + 0.02 and v["accuracy"] >= c["accuracy"] - 0.02
                   for v, c in zip(value, calibrated, strict=True)])],
-        ["12.4 the paper's label-aware edit (an upper bound): ≥ 70 % turn", each([it.upper for it in found]),
+        ["the paper's label-aware edit (an upper bound): ≥ 70 % turn", each([it.upper for it in found]),
          verdict([it.upper >= 0.7 for it in found])],
     ]  # fmt: skip
     best = found[0].diagnosis.scores.top(6, "value")
@@ -160,7 +160,7 @@ def main() -> None:
         print("\n\n".join(text))
         return
     write("look-inside-anchored", "Anchored answers", "python studies/anchored.py", *text, seeds="seeds 0, 1, 2")
-    look_inside("12 Anchored answers", claims, "python studies/anchored.py", "look-inside-anchored")
+    look_inside("Anchored answers", claims, "python studies/anchored.py", "look-inside-anchored")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def told(values: Any) -> str:
 
 
 def judged_small(found: list[dict[str, Any]]) -> list[list[Any]]:
-    """11.2."""
+    """The heads of a trained toy."""
     uniform = 3 / 16  # a, sign and b, of the tokens of two solved sums and the asked one
     whole = [accuracies(f["add"], "nothing")[0] for f in found]
     out = [accuracies(f["add"], "found")[0] for f in found]
@@ -104,18 +104,18 @@ def judged_small(found: list[dict[str, Any]]) -> list[list[Any]]:
     share = [jaccard(f["add"]["heads"], f["subtract"]["heads"]) for f in found]
     looks = [float(np.mean(f["looks"])) / uniform for f in found]
     return [
-        ["11.2 small model answers ≥ 98 %", told(whole), verdict([v >= 0.98 for v in whole])],
-        ["11.2 without the top 5 % of heads ≤ 40 %, without as many others ≥ 90 %",
+        ["small model answers ≥ 98 %", told(whole), verdict([v >= 0.98 for v in whole])],
+        ["without the top 5 % of heads ≤ 40 %, without as many others ≥ 90 %",
          ", ".join(f"{a:.2f} against {b:.2f}" for a, b in zip(out, random, strict=True)),
          verdict([a <= 0.4 and b >= 0.9 for a, b in zip(out, random, strict=True)])],
-        ["11.2 they attend to operands and sign ≥ 3 × as much as evenly", told(looks),
+        ["they attend to operands and sign ≥ 3 × as much as evenly", told(looks),
          verdict([v >= 3 for v in looks])],
-        ["11.2 heads of + and of -: Jaccard ≥ 0.5", told(share), verdict([v >= 0.5 for v in share])],
+        ["heads of + and of -: Jaccard ≥ 0.5", told(share), verdict([v >= 0.5 for v in share])],
     ]  # fmt: skip
 
 
 def judged_real(found: list[dict[str, Any]]) -> list[list[Any]]:
-    """11.3."""
+    """Precise tuning of the real model."""
     by = [{r["tuned"]: r for r in f["tuned"]} for f in found]
 
     def gain(name: str) -> np.ndarray:
@@ -125,14 +125,14 @@ def judged_real(found: list[dict[str, Any]]) -> list[list[Any]]:
         return np.array([b[name]["text_loss"] - b["before"]["text_loss"] for b in by])
 
     return [
-        ["11.3 SmolLM2, ≤ 5 % of heads and 3 MLPs trained: held-out sums + ≥ 25 points", told(gain("found")),
+        ["SmolLM2, ≤ 5 % of heads and 3 MLPs trained: held-out sums + ≥ 25 points", told(gain("found")),
          verdict(gain("found") >= 0.25)],
-        ["11.3 loss on plain text + ≤ 0.02", ", ".join(f"{v:.3f}" for v in rise("found")),
+        ["loss on plain text + ≤ 0.02", ", ".join(f"{v:.3f}" for v in rise("found")),
          verdict(rise("found") <= 0.02)],
-        ["11.3 the whole model trained: plain text suffers more",
+        ["the whole model trained: plain text suffers more",
          ", ".join(f"{a:.3f} against {b:.3f}" for a, b in zip(rise("full"), rise("found"), strict=True)),
          verdict(rise("full") > rise("found"))],
-        ["11.3 as many random parts gain less than two thirds",
+        ["as many random parts gain less than two thirds",
          ", ".join(f"{a:.2f} against {b:.2f}" for a, b in zip(gain("random"), gain("found"), strict=True)),
          verdict(gain("random") < gain("found") * 2 / 3)],
     ]  # fmt: skip
@@ -180,7 +180,7 @@ def main() -> None:
         return
     name, command = "look-inside-arithmetic", "python studies/arithmetic.py"
     write(name, "Parts that do sums", command, *body, seeds="three seeds")
-    look_inside("11 Arithmetic", claims, command, name)
+    look_inside("Arithmetic", claims, command, name)
 
 
 if __name__ == "__main__":

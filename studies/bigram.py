@@ -55,9 +55,9 @@ def planted(size: Size) -> tuple[list[str], list[list[Any]]]:
     found = run(f"subnetwork {options}")
     means, share = variants(found), float(found["share"])
     text = run(f"subnetwork {options} --target text --strength 10 --controls 1")
-    model, folder = vesalius.open(f"{root}@last"), Path(found["run_folder"])
+    model, folder = vesalius.open(f"{root}@last"), Path(found["run"])
     mask = WeightMask.load(folder, model)
-    shared = mask.overlap(WeightMask.load(Path(text["run_folder"]), model))
+    shared = mask.overlap(WeightMask.load(Path(text["run"]), model))
     source: Any = data_of(recipe).held_out
     ids = np.concatenate([source.batch(i).ids for i in range(8)])
     copied, chain = source.copied(ids)[:, 1:], source.in_chain(ids)[:, 1:]

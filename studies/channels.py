@@ -370,8 +370,8 @@ def main() -> None:
         print("\n".join(body))
         return
     write(PAGE, "Look inside: channels and observables", COMMAND, *body, seeds="seeds as stated")
-    look_inside("5 Talking Heads", heads, COMMAND, PAGE)
-    look_inside("6 Observable Propagation", observed, COMMAND, PAGE)
+    look_inside("Talking Heads", heads, COMMAND, PAGE)
+    look_inside("Observable Propagation", observed, COMMAND, PAGE)
 
 
 if __name__ == "__main__":

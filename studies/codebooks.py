@@ -20,7 +20,7 @@ from vesalius.features.dictionaries import corpus_rows, prompt_rows
 from vesalius.model import Model
 from vesalius.train import read_recipe
 
-SYSTEM = "Codebook features (14)"
+SYSTEM = "Codebook features"
 Row = tuple[str, str, str]
 TOPIC = r"(?i)\b(network|protocol|internet|packet|server|router|tcp|ip address)\w*"
 

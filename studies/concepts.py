@@ -443,7 +443,7 @@ def main() -> None:
         "What is asked was written down before anything here was measured, as were words, ratings and prompts, which "
         "are our own (`vesalius/features/data`). Thresholds and strengths of steering were chosen after a rehearsal "
         "with six texts, and the push along the model's own axis was added to what was asked.",
-        table(["", "asked", "came out", ""], order),
+        table(["asked", "came out", ""], [r[1:] for r in order]),
         *parts,
     ]
     title = "Look inside: directions and the bias audit"
@@ -452,8 +452,8 @@ def main() -> None:
         return
     page, command = "look-inside-concepts", "python studies/concepts.py"
     write(page, title, command, *body)
-    look_inside("18 Moral direction", [r[1:] for r in order if r[0].startswith("18")], command, page)
-    look_inside("20 Downstream gender bias", [r[1:] for r in order if r[0].startswith("20")], command, page)
+    look_inside("Moral direction", [r[1:] for r in order if r[0].startswith("18")], command, page)
+    look_inside("Downstream gender bias", [r[1:] for r in order if r[0].startswith("20")], command, page)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from vesalius.model import Intervention, Model, Pairs
 from vesalius.model.sweep import sweep
 from vesalius.parts import Part
 
-SYSTEM = "SAE codes (3)"
+SYSTEM = "SAE codes"
 Row = tuple[str, str, str]
 
 

@@ -32,7 +32,7 @@ QUICK = Size(2, (), 2, 2)
 
 
 def planted(seeds: int) -> tuple[list[str], list[list[Any]]]:
-    """16.1: sinusoids at -5 dB in 20 of 1000 series."""
+    """Sinusoids at -5 dB in 20 of 1000 series."""
     rows, recall, false, raw = [], [], [], []
     power, time = 10 ** (-5 / 10), np.arange(256)
     for seed in range(seeds):
@@ -48,9 +48,9 @@ def planted(seeds: int) -> tuple[list[str], list[list[Any]]]:
         raw.append([float((found[f"p_{k}"][20:] < 0.05).mean()) for k in ("sentence", "phrase")])
         rows.append([seed, f"{recall[-1]:.2f}", f"{false[-1]:.3f}", *[f"{v:.3f}" for v in raw[-1]]])
     claims = [
-        ["16.1 planted at -5 dB: recall ≥ 0.95", f"{min(recall):.2f} at least", verdict([r >= 0.95 for r in recall])],
-        ["16.1 false positives after FDR ≤ 1 %", f"{max(false):.1%} at most", verdict([f <= 0.01 for f in false])],
-        ["16.1 the raw 95 % rule lets about 5 % through", f"{np.mean(raw):.1%} at each rate", "shown"],
+        ["planted at -5 dB: recall ≥ 0.95", f"{min(recall):.2f} at least", verdict([r >= 0.95 for r in recall])],
+        ["false positives after FDR ≤ 1 %", f"{max(false):.1%} at most", verdict([f <= 0.01 for f in false])],
+        ["the raw 95 % rule lets about 5 % through", f"{np.mean(raw):.1%} at each rate", "shown"],
     ]
     return [
         "## Planted rhythms",
@@ -61,7 +61,7 @@ def planted(seeds: int) -> tuple[list[str], list[list[Any]]]:
 
 
 def real(size: Size) -> tuple[list[str], list[list[Any]]]:
-    """16.3: SmolLM2 and its controls."""
+    """SmolLM2 and its controls."""
     body, first = ["## SmolLM2-135M beside its controls"], None
     for options in (f"--orders {size.orders}", *size.others):
         command = f"frequency --model {MODEL} {options}"
@@ -100,15 +100,15 @@ def real(size: Size) -> tuple[list[str], list[list[Any]]]:
     shown = ", ".join(f"{k} {v:,}" for k, v in counts.items())
     jaccard = first["split_orders"]["jaccard"]
     claims = [
-        ["16.3 SmolLM2: ≥ 3 × as many sentence units as shuffled and as untrained", shown,
+        ["SmolLM2: ≥ 3 × as many sentence units as shuffled and as untrained", shown,
          verdict([counts["sentences"] >= 3 * max(1, counts[k]) for k in ("shuffled", "untrained")]).replace(
              "seeds", "controls")],
-        ["16.3 the same by the paper's own rule", ", ".join(f"{k} {v:,}" for k, v in raw.items()),
+        ["the same by the paper's own rule", ", ".join(f"{k} {v:,}" for k, v in raw.items()),
          verdict([raw["sentences"] >= 3 * max(1, raw[k]) for k in ("shuffled", "untrained")]).replace(
              "seeds", "controls")],
-        ["16.3 split-half Jaccard ≥ 0.4 (halves of the orders)", f"{jaccard:.2f}",
+        ["split-half Jaccard ≥ 0.4 (halves of the orders)", f"{jaccard:.2f}",
          "holds" if jaccard >= 0.4 else "does not hold"],
-        ["16.3 layer profile with interval", f"smoothed peak at layer {first['peak_layer']}", "shown"],
+        ["layer profile with interval", f"smoothed peak at layer {first['peak_layer']}", "shown"],
     ]  # fmt: skip
     return body, claims
 
@@ -124,7 +124,7 @@ def mix(found: Tagged, seed: int, channels: int = 100) -> Recordings:
 
 
 def recordings(size: Size) -> tuple[list[str], list[list[Any]]]:
-    """16.4: a recording mixed from layer 12's units."""
+    """A recording mixed from layer 12's units."""
     found = frequency_tagging(vesalius.open(MODEL), made_sentences(64), orders=4, permutations=0, controls=())
     rows, near = [], []
     for seed in range(size.mixes):
@@ -138,7 +138,7 @@ def recordings(size: Size) -> tuple[list[str], list[list[Any]]]:
                 near.append(abs(int(best["layer"]) - MIXED) <= 1)
         rows.append(line)
     claims = [
-        [f"16.4 recordings mixed from layer {MIXED}: layer {MIXED} ± 1 is nearest in ≥ 9 of 10 seeds",
+        [f"recordings mixed from layer {MIXED}: layer {MIXED} ± 1 is nearest in ≥ 9 of 10 seeds",
          f"{sum(near)} of {len(near)}", "holds" if sum(near) >= 0.9 * len(near) else "does not hold"],
     ]  # fmt: skip
     return [
@@ -167,7 +167,7 @@ def main() -> None:
         return
     name, command = "look-inside-frequency", "python studies/frequency.py"
     write(name, "Frequency tagging", command, *body, seeds="seeds as named")
-    look_inside("16 Frequency tagging", claims, command, name)
+    look_inside("Frequency tagging", claims, command, name)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def by_model(model: Model, head: Part, tokens: Sequence[int]) -> Any:
 
 
 def toy_successor(size: Size) -> tuple[list[str], list[list[str]]]:
-    """8.1 and 8.2 on the trained model, and 8.1 on the planted ones."""
+    """The head and the numbers modulo ten on the trained model, and the head on the planted ones."""
     rows, modular_rows, claims = [], [], []
     scored, medians, lost, kept, probes, controls = [], [], [], [], [], []
     moved: dict[str, list[bool]] = {"dictionary": [], "means": []}
@@ -209,22 +209,22 @@ def toy_successor(size: Size) -> tuple[list[str], list[list[str]]]:
             others = np.delete(scores.values, list(scores.parts).index(truth))
             bases.append((scores[truth], float(np.median(others)), float(others.max())))
     claims += [
-        ["8.1 planted: the head scores ≥ 0.9, median of the others < 0.1", f"{min(b[0] for b in bases):.2f} at least; "
+        ["planted: the head scores ≥ 0.9, median of the others < 0.1", f"{min(b[0] for b in bases):.2f} at least; "
          f"median {max(b[1] for b in bases):.2f} at most, {len(bases)} models",
          verdict([b[0] >= 0.9 and b[1] < 0.1 for b in bases])],
-        ["8.1 trained: the head scores ≥ 0.9", ", ".join(r[2] for r in rows), verdict(scored)],
-        ["8.1 trained: median of the others < 0.1", ", ".join(r[4] for r in rows), verdict(medians)],
-        ["8.1 without it succession falls ≥ 50 points", ", ".join(r[5] for r in rows), verdict(lost)],
-        ["8.1 without it copying falls ≤ 5 points", ", ".join(r[6] for r in rows), verdict(kept)],
-        ["8.2 probe for n mod 10, held-out decades ≥ 90 %", ", ".join(r[1] for r in modular_rows), verdict(probes)],
-        ["8.2 the same, shuffled labels ≤ 20 %", ", ".join(r[2] for r in modular_rows), verdict(controls)],
-        ["8.2 arithmetic with mod-10 features of a sparse dictionary ≥ 80 %, by the model's answer",
+        ["trained: the head scores ≥ 0.9", ", ".join(r[2] for r in rows), verdict(scored)],
+        ["trained: median of the others < 0.1", ", ".join(r[4] for r in rows), verdict(medians)],
+        ["without it succession falls ≥ 50 points", ", ".join(r[5] for r in rows), verdict(lost)],
+        ["without it copying falls ≤ 5 points", ", ".join(r[6] for r in rows), verdict(kept)],
+        ["probe for n mod 10, held-out decades ≥ 90 %", ", ".join(r[1] for r in modular_rows), verdict(probes)],
+        ["the same, shuffled labels ≤ 20 %", ", ".join(r[2] for r in modular_rows), verdict(controls)],
+        ["arithmetic with mod-10 features of a sparse dictionary ≥ 80 %, by the model's answer",
          ", ".join(r[4] for r in modular_rows), verdict(moved["dictionary"])],
-        ["8.2 the same with differences of means ≥ 80 %", ", ".join(r[8] for r in modular_rows),
+        ["the same with differences of means ≥ 80 %", ", ".join(r[8] for r in modular_rows),
          verdict(moved["means"])],
     ]  # fmt: skip
     return [
-        "## 8 · Successor heads, planted and trained",
+        "## Successor heads, planted and trained",
         "Recipe `succession` (GPT-2 class, 2 blocks of 2 heads; block 0 may not attend, block 1 has no MLP of its own: "
         "see the recipe), seeds 1234 on. Ablation is by the head's mean.",
         table(["what was asked", "what came out", ""], claims),
@@ -243,7 +243,7 @@ def toy_successor(size: Size) -> tuple[list[str], list[list[str]]]:
 
 
 def real_successor(model: Model, size: Size) -> tuple[list[str], list[list[str]]]:
-    """8.3 on the real model."""
+    """Successor heads of the real model."""
     kinds = kinds_of(model)
     rows, contextual = [], None
     for form in ("contextual", "embedding+mlp0", "mlp0"):
@@ -287,22 +287,20 @@ def real_successor(model: Model, size: Size) -> tuple[list[str], list[list[str]]
         )
         wild.append([head, *[int(counts.get(k, 0)) for k in KINDS], examples])
     claims = [
-        ["8.3 SmolLM2: 23.3 first of 270, contextual", f"first is {first}", verdict([first == "L23.H3"])],
-        ["8.3 its score ≥ 0.30", f"{rows[0][3]} [{low[at]:.2f}, {high[at]:.2f}]",
+        ["SmolLM2: L23.H3 first of 270, contextual", f"first is {first}", verdict([first == "L23.H3"])],
+        ["its score ≥ 0.30", f"{rows[0][3]} [{low[at]:.2f}, {high[at]:.2f}]",
          verdict([contextual["L23.H3"] >= 0.30])],
-        ["8.3 permutation p < 0.01", f"{p:.4f}", verdict([p < 0.01])],
-        ["8.3 mean-ablating it lowers successor − current more than 95 % of the other heads of layers 20–27",
-         f"more than {share:.0%}; the copier with a bias, 24.7, more than {bias:.0%}", verdict([share >= 0.95])],
+        ["permutation p < 0.01", f"{p:.4f}", verdict([p < 0.01])],
+        ["mean-ablating it lowers successor − current more than 95 % of the other heads of layers 20–27",
+         f"more than {share:.0%}; the copier with a bias, L24.H7, more than {bias:.0%}", verdict([share >= 0.95])],
     ]  # fmt: skip
     return [
-        "## 8 · Successor heads on SmolLM2",
+        "## Successor heads on SmolLM2",
         f"{sum(len(k.pairs) for k in kinds)} items of {', '.join(f'{k.name} ({len(k.pairs)})' for k in kinds)}; "
         "numbers beyond 9 are several tokens here. Score: share of items whose successor has the top logit in its "
         "series; masked: the item itself out of the race; greater: chance that a later item gets more than an earlier.",
         table(["what was asked", "what came out", ""], claims),
-        table(
-            ["form", "first head", "first head, masked", "23.3", "its masked", "its greater", "median", "masked"], rows
-        ),
+        table(["form", "first", "first, masked", "L23.H3", "its masked", "its greater", "median", "masked"], rows),
         f"List prompts (“ A, B, C,”, {pairs.n_examples} of all series): successor preferred to the current item on "
         f"{able.accuracy:.2f}, likeliest of all tokens on {able.top1:.2f} (by series: "
         f"{', '.join(f'{g} {np.mean(v):.2f}' for g, v in top1.items())}). Heads of layers 20–27 whose mean-ablation "
@@ -343,7 +341,7 @@ def noun_needles(n: int, seed: int) -> tuple[Model, str, list[Needle]]:
 
 
 def toy_retrieval(size: Size) -> tuple[list[str], list[list[str]]]:
-    """9.1 on planted and trained induction models."""
+    """Retrieval heads of planted and trained induction models."""
     rows, checks = [], []
     for seed in size.seeds:
         model, truth, needles = noun_needles(40, seed)
@@ -356,7 +354,7 @@ def toy_retrieval(size: Size) -> tuple[list[str], list[list[str]]]:
         strong = [str(p) for p, v in zip(induction.parts, induction.values, strict=True) if v > 0.3]
         rows.append(["trained", seed, *_toy_row(model, needles, strong, checks)])
     claims = [
-        [f"9.1 {what}", ", ".join(str(r[i]) for r in rows if r[0] == kind) + f" ({kind})",
+        [f"{what}", ", ".join(str(r[i]) for r in rows if r[0] == kind) + f" ({kind})",
          verdict([c[check] for c, r in zip(checks, rows, strict=True) if r[0] == kind])]
         for kind in ("planted", "trained")
         for what, i, check in (
@@ -368,7 +366,7 @@ def toy_retrieval(size: Size) -> tuple[list[str], list[list[str]]]:
         )
     ]  # fmt: skip
     return [
-        "## 9 · Retrieval heads, planted and trained",
+        "## Retrieval heads, planted and trained",
         "Random tokens, the prompt ends with the tokens before the needle. Trained: recipe `induction`; its heads with "
         "more than 0.3 of induction attention are the induction heads. Others are drawn, three times, from heads that "
         "neither retrieve nor look at the token before, which induction rests on (as many, or all that there are); the "
@@ -405,7 +403,7 @@ def _toy_row(model: Model, needles: Sequence[Needle], heads: Sequence[str], chec
 
 
 def real_retrieval(model: Model, size: Size) -> tuple[list[str], list[list[str]]]:
-    """9.2 to 9.4 on the real model."""
+    """Retrieval heads of the real model."""
     needles = make_needles(model, size.needles, size.lengths)
     scores = of_needles(model, needles, HeadContext())
     parts = [str(p) for p in scores.parts]
@@ -433,18 +431,18 @@ def real_retrieval(model: Model, size: Size) -> tuple[list[str], list[list[str]]
     mild = [1 - d[1].mean() / base[1].mean() for d in draws]
     capital, plain = 1 - best[2].mean() / base[2].mean(), best[3] / base[3] - 1
     claims = [
-        ["9.2 SmolLM2: 3–12 % of heads score > 0.1",
+        ["SmolLM2: 3–12 % of heads score > 0.1",
          f"{share:.1%} ({round(share * len(parts))} of {len(parts)}; over resampled needles {shares})",
          verdict([0.03 <= share <= 0.12])],
-        ["9.2 the eight best induction heads have mean rank in the top 10 %",
+        ["the eight best induction heads have mean rank in the top 10 %",
          f"{np.mean(ranks):.1f} of {len(parts)} ({mean_ranks})",
          verdict([np.mean(ranks) <= 0.1 * len(parts)])],
-        ["9.3 without the top 10, ≥ 80 % of successes are lost", f"{fall:.0%}", verdict([fall >= 0.8])],
-        ["9.3 without ten random others, ≤ 25 %", ", ".join(f"{m:.0%}" for m in mild),
+        ["without the top 10, ≥ 80 % of successes are lost", f"{fall:.0%}", verdict([fall >= 0.8])],
+        ["without ten random others, ≤ 25 %", ", ".join(f"{m:.0%}" for m in mild),
          verdict([m <= 0.25 for m in mild])],
-        ["9.3 capitals suffer less than half as much", f"{capital:.0%}", verdict([capital < fall / 2])],
-        ["9.3 plain-text loss suffers less than half as much", f"{plain:+.0%}", verdict([plain < fall / 2])],
-        ["9.4 split-half reliability ≥ 0.8", f"{reliability:.2f}", verdict([reliability >= 0.8])],
+        ["capitals suffer less than half as much", f"{capital:.0%}", verdict([capital < fall / 2])],
+        ["plain-text loss suffers less than half as much", f"{plain:+.0%}", verdict([plain < fall / 2])],
+        ["split-half reliability ≥ 0.8", f"{reliability:.2f}", verdict([reliability >= 0.8])],
     ]  # fmt: skip
     shown = [
         [
@@ -457,7 +455,7 @@ def real_retrieval(model: Model, size: Size) -> tuple[list[str], list[list[str]]
         for r, i in enumerate(order[:15])
     ]
     return [
-        "## 9 · Retrieval heads on SmolLM2",
+        "## Retrieval heads on SmolLM2",
         f"{len(needles)} needles (a name's secret code of three words) in the King James Bible, prompts of "
         f"{', '.join(map(str, size.lengths))} tokens, depths 0.1 to 0.9, seed 0; {scores.info['said']} were said: "
         + ", ".join(f"{sum(v)} of {len(v)} at {n}" for n, v in by_length.items())
@@ -532,8 +530,8 @@ def main() -> None:
         seeds=seeds,
     )
     page, command = "look-inside-heads", "python studies/heads.py"
-    look_inside("8 Successor heads", successor + successor_real, command, page)
-    look_inside("9 Retrieval heads", retrieval + retrieval_real, command, page)
+    look_inside("Successor heads", successor + successor_real, command, page)
+    look_inside("Retrieval heads", retrieval + retrieval_real, command, page)
 
 
 if __name__ == "__main__":

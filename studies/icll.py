@@ -73,7 +73,7 @@ def perplexity(name: str, size: Size, seed: int) -> float:
 
 
 def judged(found: dict[str, list[dict[str, Any]]], text: dict[str, list[float]]) -> list[list[Any]]:
-    """10.1 to 10.3."""
+    """The claims of one architecture."""
 
     def tvd(name: str, reader: str = "model") -> np.ndarray:
         return np.array([f["by"][reader]["tvd"] for f in found[name]])
@@ -85,29 +85,29 @@ def judged(found: dict[str, list[dict[str, Any]]], text: dict[str, list[float]])
     ours, bigram = tvd("transformer"), tvd("transformer", "2-gram")
     better = valid["transformer"] - valid["LSTM"]
     rows: list[list[Any]] = [
-        ["10.1 transformer: TVD below the prompt's bigram learner", f"{told(ours)} against {told(bigram)}",
+        ["transformer: TVD below the prompt's bigram learner", f"{told(ours)} against {told(bigram)}",
          verdict(ours < bigram)],
-        ["10.1 transformer: validity ≥ 0.85", told(valid["transformer"]), verdict(valid["transformer"] >= 0.85)],
-        ["10.1 LSTM worse by ≥ 5 points of validity", told(better), verdict(better >= 0.05)],
+        ["transformer: validity ≥ 0.85", told(valid["transformer"]), verdict(valid["transformer"] >= 0.85)],
+        ["LSTM worse by ≥ 5 points of validity", told(better), verdict(better >= 0.05)],
     ]  # fmt: skip
     tables = [pd.DataFrame(f.get("heads") or []) for f in found["transformer"]]
     if all(len(t) for t in tables):
         best = [float(t["2-gram"].max()) for t in tables]
-        rows.append(["10.2 a head's 2-gram score ≥ 0.3 above shuffled", told(best), verdict([b >= 0.3 for b in best])])
+        rows.append(["a head's 2-gram score ≥ 0.3 above shuffled", told(best), verdict([b >= 0.3 for b in best])])
         rises = [(float(t.loc[t["2-gram"].idxmax(), "rise"]), t) for t in tables]
         ratio = [(r, float(t.drop(t["2-gram"].idxmax())["rise"].mean())) for r, t in rises]
-        rows.append(["10.2 without it TVD rises ≥ 3 × as much as without another head",
+        rows.append(["without it TVD rises ≥ 3 × as much as without another head",
                      ", ".join(f"{a:.3f} against {b:.3f}" for a, b in ratio),
                      verdict([a >= 3 * max(b, 0.0) and a > 0 for a, b in ratio])])  # fmt: skip
     gap = tvd("LSTM") - ours
     share = (tvd("LSTM") - tvd("LSTM with n-gram heads")) / np.where(np.abs(gap) < 1e-9, np.nan, gap)
-    rows.append(["10.3 n-gram heads close ≥ 30 % of the LSTM's gap to the transformer", told(share),
+    rows.append(["n-gram heads close ≥ 30 % of the LSTM's gap to the transformer", told(share),
                  verdict(share >= 0.3)])  # fmt: skip
     for other in ("two quasi-LSTM layers", "three quasi-LSTM layers"):
         fall = 1 - np.array(text["n-gram heads between two"]) / np.array(text[other])
         mean, low, high = interval(fall)
         held = verdict(fall >= 0.02, mean >= 0.02 and low > 0)
-        asked = f"10.3 real text: perplexity falls ≥ 2 % against {other}, interval excludes 0"
+        asked = f"real text: perplexity falls ≥ 2 % against {other}, interval excludes 0"
         rows.append([asked, f"{mean:.1%} [{low:.1%}, {high:.1%}]", held])
     return rows
 
@@ -152,7 +152,7 @@ def main() -> None:
         return
     name, command = "look-inside-icll", "python studies/icll.py"
     write(name, "Languages learnt in context", command, *body, seeds="seeds 1234 to 1236")
-    look_inside("10 In-context language learning", claims, command, name)
+    look_inside("In-context language learning", claims, command, name)
 
 
 if __name__ == "__main__":

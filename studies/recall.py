@@ -75,9 +75,9 @@ def planted(size: Size) -> tuple[list[str], list[list[str]]]:
                 and it.machinery.last.suppressors == [made.damper]
             )
     claims = [
-        ["7.1 planted: weights within 0.05", f"{max(off):.3f} at most", verdict([o < 0.05 for o in off])],
-        ["7.1 planted: intercept's cosine > 0.99", f"{min(cosine):.4f} at least", verdict([c > 0.99 for c in cosine])],
-        ["7.1 a block that is not linear: R² < 0.5 and a warning", f"{max(r for r, _ in nonlinear):.2f} at most",
+        ["planted: weights within 0.05", f"{max(off):.3f} at most", verdict([o < 0.05 for o in off])],
+        ["planted: intercept's cosine > 0.99", f"{min(cosine):.4f} at least", verdict([c > 0.99 for c in cosine])],
+        ["a block that is not linear: R² < 0.5 and a warning", f"{max(r for r, _ in nonlinear):.2f} at most",
          verdict([r < 0.5 and w for r, w in nonlinear])],
         ["a planted model: every step is found", f"{sum(steps)} of {len(steps)} models", verdict(steps)],
     ]  # fmt: skip
@@ -179,12 +179,12 @@ def toy(size: Size) -> tuple[list[str], list[list[str]]]:
                      "; ".join(f"{b[1]}, x {b[2]:g}, L{'+'.join(map(str, b[3]))}" for b in best),
                      ", ".join(f"{x:.2f}" for x in r2)])  # fmt: skip
     claims = [
-        ["7.2 T-facts: accuracy ≥ 95 %", ", ".join(f"{a:.3f}" for a in accuracies),
+        ["T-facts: accuracy ≥ 95 %", ", ".join(f"{a:.3f}" for a in accuracies),
          verdict([a >= 0.95 for a in accuracies])],
-        ["7.2 the relation's intercept turns ≥ 60 % of SAME prompts into its answers",
+        ["the relation's intercept turns ≥ 60 % of SAME prompts into its answers",
          ", ".join(f"{x:.2f}" for x in right_all),
          verdict([x >= 0.6 for x in right_all])],
-        ["7.2 another relation's intercept ≤ 10 %", ", ".join(f"{x:.2f}" for x in wrong_all),
+        ["another relation's intercept ≤ 10 %", ", ".join(f"{x:.2f}" for x in wrong_all),
          verdict([x <= 0.1 for x in wrong_all])],
     ]  # fmt: skip
     return [
@@ -251,14 +251,14 @@ def real(size: Size, name: str) -> tuple[list[str], list[list[str]]]:
     best = max(range(len(size.sets)), key=lambda i: flips[i])
     randoms = flips[len(size.sets) + best * size.random : len(size.sets) + (best + 1) * size.random].mean()
     claims = [
-        [f"7.3 {name}: swapping the top task heads' z flips ≥ 60 % of pairs",
+        [f"{name}: swapping the top task heads' z flips ≥ 60 % of pairs",
          f"{flips[best]:.2f} with {size.sets[best]} heads, "
          f"n {asked.pairs.n_examples}", "holds" if flips[best] >= 0.6 else "does not hold"],
-        [f"7.3 {name}: as many random heads ≤ 10 %", f"{randoms:.2f}", "holds" if randoms <= 0.1 else "does not hold"],
-        [f"7.4 {name}: sign and size of the last block",
+        [f"{name}: as many random heads ≤ 10 %", f"{randoms:.2f}", "holds" if randoms <= 0.1 else "does not hold"],
+        [f"{name}: sign and size of the last block",
          f"{last.total.mean:+.2f} [{last.total.low:+.2f}, {last.total.high:+.2f}] "
          f"logits; p(right) {last.before.mean:.3f} before, {last.after.mean:.3f} after", "reported"],
-        [f"7.4 {name}: remedy only where negative, p(right) ≥ 5 % up, top-1 kept", remedy,
+        [f"{name}: remedy only where negative, p(right) ≥ 5 % up, top-1 kept", remedy,
          "not offered" if it is None else "holds" if it.helps else "does not hold"],
     ]  # fmt: skip
     return [
@@ -289,7 +289,7 @@ def main() -> None:
         print("\n\n".join(text))
         return
     write("look-inside-recall", "Factual recall", "python studies/recall.py", *text, seeds="seeds 0, 1, 2")
-    look_inside("7 Factual recall", claims, "python studies/recall.py", "look-inside-recall")
+    look_inside("Factual recall", claims, "python studies/recall.py", "look-inside-recall")
 
 
 if __name__ == "__main__":

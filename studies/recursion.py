@@ -42,7 +42,7 @@ QUICK = Size((("least first", "successor", LEAST | {"steps": 40, "data.rows": 32
 
 
 def planted(n: int) -> tuple[list[str], list[list[Any]]]:
-    """17.4: solvers that rewrite at most five steps."""
+    """Solvers that rewrite at most five steps."""
     rows, good = [], []
     for order in ("least", "most"):
         task = BinarySuccessor(order=order)
@@ -56,7 +56,7 @@ def planted(n: int) -> tuple[list[str], list[list[Any]]]:
             good.append(it.cutoff == PLANTED)
             rows.append([order, then, it.cutoff, it.program.name, f"{kept['recall']:.2f}", f"{kept['precision']:.2f}",
                          f"{kept['exact']:.2f}"])  # fmt: skip
-    claim = [f"17.4 hand-made solvers with cut-off {PLANTED}: the tool says {PLANTED}", f"{sum(good)} of {len(good)}",
+    claim = [f"hand-made solvers with cut-off {PLANTED}: the tool says {PLANTED}", f"{sum(good)} of {len(good)}",
              "holds" if all(good) else "does not hold"]  # fmt: skip
     return [
         "## Solvers whose cut-off is known",
@@ -130,11 +130,11 @@ def main() -> None:
         return
     name, command = "look-inside-recursion", "python studies/recursion.py"
     write(name, "What small transformers learnt of recursion", command, *body, seeds="seeds 1234 to 1236")
-    look_inside("17 Structural recursion", claims, command, name)
+    look_inside("Structural recursion", claims, command, name)
 
 
 def judged(results: dict[str, list[dict[str, Any]]]) -> list[list[Any]]:
-    """17.1 to 17.3, for each kind of binary model."""
+    """What is asked of each kind of binary model."""
     claims: list[list[Any]] = []
     for name, found in results.items():
         if name == "pre-order":
@@ -144,26 +144,26 @@ def judged(results: dict[str, list[dict[str, Any]]]) -> list[list[Any]]:
             return ", ".join(f"{v:.2f}" for v in values)
 
         inside, deeper = ([share(f, k) for f in found] for k in ("trained", "deeper"))
-        claims.append([f"17.1 {name}: as trained ≥ 99 %", told(inside), verdict([v >= 0.99 for v in inside])])
-        claims.append([f"17.1 {name}: deeper ≤ 50 %", told(deeper), verdict([v <= 0.5 for v in deeper])])
+        claims.append([f"{name}: as trained ≥ 99 %", told(inside), verdict([v >= 0.99 for v in inside])])
+        claims.append([f"{name}: deeper ≤ 50 %", told(deeper), verdict([v <= 0.5 for v in deeper])])
         judge = [f["score"] for f in found if f.get("score")]
         if judge:
             both = [(s[0]["recall"] or 0.0, s[0]["precision"] or 0.0) for s in judge]
             claims.append(
-                [f"17.2 {name}: failures foretold ≥ 85 %, precision ≥ 85 %",
+                [f"{name}: failures foretold ≥ 85 %, precision ≥ 85 %",
                  ", ".join(f"{r:.2f} and {p:.2f}" for r, p in both),
                  verdict([r >= 0.85 and p >= 0.85 for r, p in both])]
             )  # fmt: skip
             exact = [(s[0]["exact"], max(r["exact"] for r in s[1:])) for s in judge]
             claims.append(
-                [f"17.2 {name}: exact wrong output ≥ 60 %, better baseline ≤ 20 %",
+                [f"{name}: exact wrong output ≥ 60 %, better baseline ≤ 20 %",
                  ", ".join(f"{a:.2f} against {b:.2f}" for a, b in exact),
                  verdict([a >= 0.6 and b <= 0.2 for a, b in exact])]
             )  # fmt: skip
         moved = [(f["mechanism"]["moved"], f["mechanism"]["others"]) for f in found if "mechanism" in f]
         if moved:
             claims.append(
-                [f"17.3 {name}: the switch follows the forced head ≥ 70 %, other heads ≤ 10 %",
+                [f"{name}: the switch follows the forced head ≥ 70 %, other heads ≤ 10 %",
                  ", ".join(f"{a:.2f}, {b:.2f}" for a, b in moved),
                  verdict([a >= 0.7 and b <= 0.1 for a, b in moved])]
             )  # fmt: skip

@@ -151,7 +151,7 @@ def trained(size: Size) -> tuple[str, list[str], list[list[Any]]]:
         "last column is how far the seeds' tuned KL lie apart.",
         table(["layer", *header, "KL, tuned, range"], rows),
     ]
-    return str(runs[0]["run_folder"]), body, claims
+    return str(runs[0]["run"]), body, claims
 
 
 def _all(values: Iterable[float], form: str) -> str:

@@ -88,7 +88,7 @@ def test_observe_prints_what_python_gives(mover: Path, tmp_path: Path) -> None:
     slope = np.polyfit(first.scores(later).numpy(), second.scores(later).numpy(), 1)[0]
     assert told["slope"] == pytest.approx(slope, rel=1e-3)
     assert "Coupled with another observable" in Path(found["report"]).read_text()
-    vector = Run.open(found["run_folder"]).array("feature")["vector"]
+    vector = Run.open(found["run"]).array("feature")["vector"]
     assert np.allclose(vector, first.vector.numpy(), atol=1e-6)
 
 

@@ -51,13 +51,13 @@ def test_train_leaves_a_lens_and_tells_how_good_it_is(trained: Outcome, random_l
     assert len(rows) == 8 and rows["tuned", 2]["kl"] == pytest.approx(0, abs=1e-6)
     assert all(rows["tuned", n]["kl"] < rows["logit", n]["kl"] for n in (-1, 0, 1))
     model = bench.open(str(random_llama))
-    assert TunedLens.load(found["run_folder"], model).matrix(0).abs().max() > 0
+    assert TunedLens.load(found["run"], model).matrix(0).abs().max() > 0
     assert "nats" in found["lead"] and Path(found["report"]).read_text().startswith("<!doctype html>")
 
 
 def test_logit_and_tuned_print_what_python_gives(trained: Outcome, random_llama: Path, tmp_path: Path) -> None:
     model = bench.open(str(random_llama))
-    lens = trained.json["run_folder"]
+    lens = trained.json["run"]
     common = ("w7 w8 w9", "--model", random_llama, "--tokens", "w11", "--position", 1, "--out", tmp_path, "--json")
     plain = vesalius("lens", "logit", *common).json
     tuned = vesalius("lens", "tuned", *common, "--lens", lens).json
@@ -69,7 +69,7 @@ def test_logit_and_tuned_print_what_python_gives(trained: Outcome, random_llama:
         assert found["likeliest"][-1]["top"][0][0] == want.top(2, 1)[0][0]
         page = Path(found["report"]).read_text()
         assert "w8" in page and ("Beside the logit lens" in page) == (mine != "logit")
-    table = Run.open(tuned["run_folder"]).table("plain")
+    table = Run.open(tuned["run"]).table("plain")
     assert np.allclose(table["kl"], trajectory(model, "w7 w8 w9").kl.ravel(), atol=1e-5)
 
 
@@ -78,23 +78,23 @@ def test_direct_terms_sum(random_llama: Path, tmp_path: Path) -> None:
     found = vesalius(*common, "--tokens", "w11", "--against", "w12", "--neurons", "L1.MLP").json
     model = bench.open(str(random_llama))
     logits = model.logits(torch.tensor([[7, 8, 9]]))[0, -1]
-    run = Run.open(found["run_folder"])
+    run = Run.open(found["run"])
     terms = run.table("terms")
     assert terms["value"].sum() == pytest.approx(float(logits[11] - logits[12]), abs=1e-4)
     assert (terms["kind"] == "neuron").sum() == 48 and len(found["terms"]) == 15
     assert run.scores("scores").values.sum() == pytest.approx(terms["value"].sum(), abs=1e-6)
     assert "w11" in Path(found["report"]).read_text()
-    assert vesalius("report", found["run_folder"]).code == 0
+    assert vesalius("report", found["run"]).code == 0
 
 
 def test_basis(trained: Outcome, random_llama: Path, text: Path, tmp_path: Path) -> None:
     common = ("lens", "basis", "--model", random_llama, "--corpus", text, "--out", tmp_path, "--json", "--rows", 6)
-    found = vesalius(*common, "--lens", trained.json["run_folder"], "--layer", "L0", "--k", 3, "--length", 12).json
+    found = vesalius(*common, "--lens", trained.json["run"], "--layer", "L0", "--k", 3, "--length", 12).json
     kinds = [r["kind"] for r in found["directions"]]
     assert kinds == ["basis"] * 3 + ["random"] * 3 and found["layer"] == "L0"
     best = [r["lens"] for r in found["directions"] if r["kind"] == "basis"]
     assert min(best) > max(r["lens"] for r in found["directions"] if r["kind"] == "random")
-    kept = Run.open(found["run_folder"]).array("basis")
+    kept = Run.open(found["run"]).array("basis")
     assert np.allclose(kept["directions"] @ kept["directions"].T, np.eye(3), atol=1e-5)
     assert kept["influence"] == pytest.approx(best, rel=1e-4)
 
@@ -147,7 +147,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
         ).error
     )
     assert vesalius(*command).code == 0
-    whole = Path(trained.json["run_folder"])
+    whole = Path(trained.json["run"])
     assert (run.folder / "lens.safetensors").read_bytes() == (whole / "lens.safetensors").read_bytes()
     assert run.folder.name == whole.name and not (run.folder / "steps").exists()
 
@@ -163,7 +163,7 @@ def wait_for(step: int, out: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_wrong_use_is_one_line(trained: Outcome, random_llama: Path, mover: Path, text: Path, tmp_path: Path) -> None:
-    lens = trained.json["run_folder"]
+    lens = trained.json["run"]
     out = ("--out", tmp_path)
     on = ("--model", random_llama, *out)
     for command, says in (
@@ -195,7 +195,7 @@ def test_a_lens_of_a_tuned_copy_needs_to_be_asked_for(trained: Outcome, random_l
     copy = tmp_path / "copy"
     model.hf.save_pretrained(copy)
     model.tokenizer.save_pretrained(copy)
-    command = ("lens", "tuned", "w7 w8", "--model", copy, "--lens", trained.json["run_folder"], "--out", tmp_path)
+    command = ("lens", "tuned", "w7 w8", "--model", copy, "--lens", trained.json["run"], "--out", tmp_path)
     refusal = vesalius(*command).error
     assert "was trained on llama" in refusal and "the same norm and unembedding" in refusal and "--transfer" in refusal
     assert vesalius(*command, "--transfer").code == 0

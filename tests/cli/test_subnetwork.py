@@ -28,11 +28,11 @@ def test_a_subnetwork_is_found_reported_and_found_again(trained: Path, tmp_path:
     found = vesalius(*command, "--out", tmp_path, "--json").json
     assert found["weights"] == 4 * 32 * 32 + 3 * 32 * 64 and found["corpus"] == "markov-spans"
     assert {v["variant"] for v in found["variants"]} >= {"model", "subnetwork", "no matrices", "random", "without it"}
-    folder = Path(found["run_folder"])
+    folder = Path(found["run"])
     report = (folder / "report.html").read_text("utf-8")
     assert "A subnetwork of" in report and "Where the weights are" in report and "Where states turn" in report
     before = (folder / "mask.safetensors").stat().st_mtime_ns
-    assert vesalius(*command, "--out", tmp_path, "--json").json["run_folder"] == str(folder)
+    assert vesalius(*command, "--out", tmp_path, "--json").json["run"] == str(folder)
     assert (folder / "mask.safetensors").stat().st_mtime_ns == before
     assert Run.open(folder).done
 

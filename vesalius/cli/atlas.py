@@ -62,7 +62,7 @@ def atlas(
     """
     screen = Screen(as_json)
     set_threads(threads)
-    names = list(dict.fromkeys(t.strip() for t in tasks.split(",") if t.strip()))
+    names = list(dict.fromkeys(o.listed(tasks)))
     for name in names:
         if name not in TASKS and not is_path(name):
             raise UnknownName("task", name, TASKS.names())

@@ -143,7 +143,7 @@ def _tests(text: str | None, known: dict[str, Any], own: bool, wanted: bool) -> 
         return []
     if text == "all" or (text is None and own):
         return list(known)
-    names = [n.strip() for n in (text or DEFAULT_TESTS).split(",") if n.strip()]
+    names = o.listed(text or DEFAULT_TESTS)
     for name in names:
         if name not in known:
             raise UnknownName("association test", name, known)

@@ -11,7 +11,7 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, conclude, set_threads
 from vesalius.errors import UnknownName
 from vesalius.parts import Edge, parse_part
 from vesalius.runs import Run
@@ -193,8 +193,7 @@ def _show(screen: Screen, run: Run, top: int) -> None:
     table = scores.to_frame()[["part", "score", "component", "z", "p", "whole", "p_whole", "share"]]
     table["component"] = table["component"].astype(int)
     table = table.rename(columns={"part": "channel", "p_whole": "p(whole)"})
-    place = {"run_folder": str(run.folder), "report": str(run.folder / "report.html")}
-    lines: list[Any] = ["", table]
+    lines: list[Any] = [table]
     found: dict[str, Any] = {"channels": table.to_dict("records")}
     if run.has("effects.parquet"):
         frame = run.scores("effects").to_frame()
@@ -207,6 +206,4 @@ def _show(screen: Screen, run: Run, top: int) -> None:
             shown,
         ]
         found["effects"] = shown.to_dict("records")
-    lines += [f"\n{summary['lead']}", *[f"note: {t}" for t in summary["notes"]]]
-    lines += [f"\nrun     {run.folder}", f"report  {place['report']}"]
-    screen.show(summary | found | place, *lines)
+    conclude(screen, run, *lines, **found)

@@ -183,7 +183,7 @@ def _method_options(
 
 
 def _ablations(text: str) -> list[str]:
-    found = [a.strip() for a in text.split(",") if a.strip()]
+    found = o.listed(text)
     for name in found:
         if name not in ABLATIONS:
             raise UnknownName("ablation", name, ABLATIONS)
@@ -195,7 +195,7 @@ def _ablations(text: str) -> list[str]:
 def _compared(compare: str | None, method: str, level: str) -> list[str]:
     if compare is None:
         compare = COMPARED if method == "activation-patching" and level == "node" else "none"
-    names = [] if compare == "none" else [c.strip() for c in compare.split(",") if c.strip()]
+    names = [] if compare == "none" else o.listed(compare)
     for name in names:
         if "node" not in METHODS.entry(name).info.get("levels", ("node",)):
             raise VesaliusError(f"--compare {name}: {name} scores edges, and parts are compared; leave it out")

@@ -11,7 +11,7 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, conclude, set_threads
 from vesalius.errors import VesaliusError
 from vesalius.runs import DEFAULT_ROOT, Run
 
@@ -83,17 +83,17 @@ def train(
     elif data_set:
         raise VesaliusError("--data-set is for a synthetic corpus, as --corpus synthetic:fsm --data-set states=30")
     opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
-    source: Any = corpus if corpus.startswith("synthetic:") else [n.strip() for n in corpus.split(",") if n.strip()]
+    source: Any = corpus if corpus.startswith("synthetic:") else o.listed(corpus)
     command = "vesalius " + shlex.join(sys.argv[1:])
     with screen.step("training codebooks") as tell:
-        places = [p.strip() for p in at.split(",") if p.strip()]
+        places = o.listed(at)
         folder = train_codebooks(
             opened, places, source, recipe, out=out, fresh=fresh, command_line=command, tell=tell, **options
         )
     run = Run.open(folder)
     codebook_report(run)
     losses = run.json("summary")["losses"]
-    _end(screen, run, pd.DataFrame({"held-out loss": list(losses), "nats": list(losses.values())}))
+    conclude(screen, run, pd.DataFrame({"held-out loss": list(losses), "nats": list(losses.values())}))
 
 
 def show(
@@ -130,7 +130,7 @@ def show(
         if text:
             rows = prompt_rows(model, text)
         else:
-            names = [n.strip() for n in corpus.split(",") if n.strip()]
+            names = o.listed(corpus)
             rows = corpus_rows(model, names, 1, held_out_tokens=tokens, tell=tell).held_out
     request = {
         "command": "codebook-show",
@@ -175,7 +175,7 @@ def show(
     for page in run.json("codes"):
         lines.append(f"\ncode {page['code']}")
         lines += ["  " + " ".join(f"{t['before']}[{t['token']}]{t['after']}".split()) for t in page["texts"][:5]]
-    _end(screen, run, *lines, codes=run.json("codes"), used=run.table("used").to_dict("records"))
+    conclude(screen, run, *lines, codes=run.json("codes"), used=run.table("used").to_dict("records"))
 
 
 def steer(
@@ -241,7 +241,7 @@ def steer(
             run.save_json("summary", summary)
     codebook_report(run)
     texts = run.json("summary")["texts"]
-    _end(screen, run, f"without  {' '.join(texts[0].split())}", f"forced   {' '.join(texts[1].split())}")
+    conclude(screen, run, f"without  {' '.join(texts[0].split())}", f"forced   {' '.join(texts[1].split())}")
 
 
 def _code(text: str) -> tuple[str, int, int]:
@@ -259,11 +259,3 @@ def _folder(name: str) -> Path:
     if (folder / NOTE).exists() or folder.is_dir() or "/" in name:
         return folder
     return Path(find_run(name, [DEFAULT_ROOT]).folder)
-
-
-def _end(screen: Screen, run: Run, *lines: Any, **more: Any) -> None:
-    summary = run.json("summary")
-    place = {"run": str(run.folder), "report": str(run.folder / "report.html")}
-    notes = [f"note: {n}" for n in summary["notes"]]
-    tail = [f"\n{summary['lead']}", *notes, f"\nrun     {run.folder}", f"report  {place['report']}"]
-    screen.show(summary | more | place, "", *lines, *tail)

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, conclude, set_threads
 from vesalius.runs import Run
 
 SHOWN = 12  # heads in the terminal's table
@@ -143,12 +143,10 @@ def notes(scores: Any, items: list[str], task: str) -> list[str]:
 
 
 def _show(screen: Screen, run: Run) -> None:
-    summary, scores, plain = run.json("summary"), run.scores("scores"), run.scores("baseline")
+    scores, plain = run.scores("scores"), run.scores("baseline")
     rank = {str(p): i + 1 for i, p in enumerate(plain.top(len(plain)).parts)}
     table = scores.top(SHOWN).to_frame()[["part", "score", "low", "high", "codes"]]
     table["baseline"] = [plain[str(p)] for p in table["part"]]
     table["its rank"] = [rank[str(p)] for p in table["part"]]
-    place = {"run": str(run.folder), "report": str(run.folder / "report.html")}
-    result = summary | {"scores": scores.to_frame()[["part", "score"]].to_dict("records")} | place
-    lines: list[Any] = ["", table, f"\n{summary['lead']}", *[f"note: {t}" for t in summary["notes"]]]
-    screen.show(result, *lines, f"\nrun     {run.folder}", f"report  {place['report']}")
+    told = scores.to_frame()[["part", "score"]].to_dict("records")
+    conclude(screen, run, table, scores=told)

@@ -142,6 +142,30 @@ def staged(run: Run, screen: Screen) -> Iterator[Callable[[str], Any]]:
         yield step
 
 
+def conclude(screen: Screen, run: Run, *lines: Any, **more: Any) -> None:
+    """What a command ends with: its lines, then the lead, the notes, and where the run and its report lie.
+
+    Args:
+        lines: text and tables. more: what the JSON holds beside the summary, `run` and `report`.
+    """
+    summary = run.json("summary")
+    place = {"run": str(run.folder), "report": str(run.folder / "report.html")}
+    tail = [f"\n{summary['lead']}", *(f"note: {n}" for n in summary.get("notes", ())), ""]
+    if summary.get("checkpoint"):
+        tail.append(f"model   {summary['checkpoint']}")
+    screen.show(summary | more | place, "", *lines, *tail, *(f"{k:8}{v}" for k, v in place.items()))
+
+
+def stored_tables(run: Run, names: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Those of some tables that the run has."""
+    return {name: run.table(name) for name in names if run.has(f"{name}.parquet")}
+
+
+def records_of(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Any]]:
+    """Tables as JSON holds them."""
+    return {name: table.to_dict("records") for name, table in tables.items()}
+
+
 class RunStore:
     """A run's checkpoint as the store sweeps write their finished pieces to."""
 

@@ -13,7 +13,7 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, conclude, records_of, set_threads, stored_tables
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.runs import Run
 
@@ -69,7 +69,7 @@ def frequency(
 
     screen = Screen(as_json)
     set_threads(threads)
-    chosen = {"all": list(CONDITIONS), "none": []}.get(controls, [c.strip() for c in controls.split(",") if c.strip()])
+    chosen = {"all": list(CONDITIONS), "none": []}.get(controls, o.listed(controls))
     for name in chosen:
         if name not in CONDITIONS:
             raise UnknownName("control", name, CONDITIONS)
@@ -219,14 +219,7 @@ def notes(found: Any) -> list[str]:
 
 
 def _show(screen: Screen, run: Run) -> None:
-    summary, conditions, profile = run.json("summary"), run.table("conditions"), run.table("profile")
-    place = {"run": str(run.folder), "report": str(run.folder / "report.html")}
-    result = summary | {"conditions": conditions.to_dict("records"), "profile": profile.to_dict("records")}
-    lines: list[Any] = ["", conditions, "", profile[["layer", "sentence", "phrase", "both", "share", "low", "high"]]]
-    if run.has("similarity.parquet"):
-        layers = run.table("similarity")
-        result["similarity"] = layers.replace({np.nan: None}).to_dict("records")
-        lines += ["", layers]
-    lines += [f"\n{summary['lead']}", *[f"note: {x}" for x in summary["notes"]]]
-    lines += [f"\nrun     {run.folder}", f"report  {place['report']}"]
-    screen.show(result | place, *lines)
+    found = stored_tables(run, ("conditions", "profile", "similarity"))
+    profile = found["profile"][["layer", "sentence", "phrase", "both", "share", "low", "high"]]
+    nearest = ["", found["similarity"]] if "similarity" in found else []
+    conclude(screen, run, found["conditions"], "", profile, *nearest, **records_of(found))

@@ -6,13 +6,12 @@ import shlex
 import sys
 from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
 import typer
 
 from vesalius import checkpoints
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, conclude, records_of, set_threads, stored_tables
 from vesalius.errors import VesaliusError
 from vesalius.run_index import find_run
 from vesalius.runs import Run
@@ -138,16 +137,6 @@ def lead(found: Any, told: dict[str, Any], run: Run) -> str:
 
 
 def _show(screen: Screen, run: Run) -> None:
-    summary = run.json("summary")
-    place = {"run": str(run.folder), "report": str(run.folder / "report.html")}
-    result = dict(summary)
-    lines: list[Any] = []
-    for name in ("readers", "strings", "heads"):
-        if run.has(f"{name}.parquet"):
-            table = run.table(name)
-            result[name] = table.replace({np.nan: None}).to_dict("records")
-            if name != "strings":
-                lines += ["", table.round(3).head(12)]
-    lines += [f"\n{summary['lead']}", *[f"note: {x}" for x in summary["notes"]]]
-    lines += [f"\nrun     {run.folder}", f"report  {place['report']}"]
-    screen.show(result | place, *lines)
+    found = stored_tables(run, ("readers", "strings", "heads"))
+    shown = [x for name, table in found.items() if name != "strings" for x in (table.round(3).head(12), "")]
+    conclude(screen, run, *shown[:-1], **records_of(found))

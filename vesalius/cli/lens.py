@@ -11,7 +11,7 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, conclude, set_threads
 from vesalius.runs import Run
 
 READ_PANEL = "Reading"
@@ -185,16 +185,7 @@ def _read(
         shown[column] = here[column].to_numpy()
     for text in found.chosen:
         shown[f"p {text}"], shown[f"rank {text}"] = here[f"p {text}"].to_numpy(), here[f"rank {text}"].to_numpy()
-    show(screen, run, {"likeliest": likeliest, "layers": here.iloc[::-1].to_dict("records")}, shown)
-
-
-def show(screen: Screen, run: Run, more: dict[str, Any], *tables: pd.DataFrame) -> None:
-    """The lead, tables, and where the run lies."""
-    summary = run.json("summary")
-    place = {"run_folder": str(run.folder), "report": str(run.folder / "report.html")}
-    lines: list[Any] = ["", *tables, f"\n{summary['lead']}", *[f"note: {n}" for n in summary["notes"]]]
-    lines += [f"\nrun     {run.folder}", f"report  {place['report']}"]
-    screen.show(summary | more | place, *lines)
+    conclude(screen, run, shown, **{"likeliest": likeliest, "layers": here.iloc[::-1].to_dict("records")})
 
 
 def direct(
@@ -272,4 +263,4 @@ def direct(
                 )
             run.save_json("summary", summary | {"lead": told, "notes": notes, "command": command})
     lens_report(run)
-    show(screen, run, {"terms": rows[["part", "kind", "value"]].to_dict("records")}, rows[["part", "kind", "value"]])
+    conclude(screen, run, rows[["part", "kind", "value"]], terms=rows[["part", "kind", "value"]].to_dict("records"))

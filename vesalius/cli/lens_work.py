@@ -13,8 +13,8 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
-from vesalius.cli.lens import LensOf, Transfer, lens_of, show
+from vesalius.cli.console import Screen, conclude, set_threads
+from vesalius.cli.lens import LensOf, Transfer, lens_of
 from vesalius.errors import PartError, VesaliusError
 from vesalius.runs import Run
 
@@ -105,7 +105,7 @@ def train(
     opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
     command = "vesalius " + shlex.join(sys.argv[1:])
     with screen.step("training a lens") as tell:
-        folder = train_lens(opened, _names(corpus), recipe, out=out, fresh=fresh, command_line=command, tell=tell)
+        folder = train_lens(opened, o.listed(corpus), recipe, out=out, fresh=fresh, command_line=command, tell=tell)
     run = Run.open(folder)
     lens_report(run)
     quality, spent = run.table("quality"), run.json("spent")
@@ -118,11 +118,7 @@ def train(
     shown["perplexity tuned"] = wide["perplexity", "tuned"].iloc[::-1]
     seconds = spent["start"].get("seconds", 0) + spent["training"]["seconds"]
     screen.note(f"trained for {seconds:.0f} s, peak memory {spent['peak_bytes'] / 2**20:,.0f} MiB")
-    show(screen, run, {"quality": quality.to_dict("records"), "recipe": asdict(recipe)}, shown)
-
-
-def _names(text: str) -> list[str]:
-    return [n.strip() for n in text.split(",") if n.strip()]
+    conclude(screen, run, shown, quality=quality.to_dict("records"), recipe=asdict(recipe))
 
 
 def basis(
@@ -172,7 +168,7 @@ def basis(
         raise VesaliusError(f"{opened.name} has no tokenizer, so no text can be read with it")
     with screen.step("reading text") as tell:
         order = Order(
-            store_of(_names(corpus), opened.tokenizer, lambda t: tell(t, None)), length, rows, seed, tail="drop"
+            store_of(o.listed(corpus), opened.tokenizer, lambda t: tell(t, None)), length, rows, seed, tail="drop"
         )
     request = {
         "command": "lens-basis",
@@ -223,7 +219,7 @@ def basis(
             run.save_json("summary", summary)
     lens_report(run)
     shown = run.table("directions")[["kind", "direction", "lens", "model", "alignment"]]
-    show(screen, run, {"directions": shown.to_dict("records")}, shown)
+    conclude(screen, run, shown, directions=shown.to_dict("records"))
 
 
 def _basis_lead(layer: str, states: int, agreed: dict[str, Any], table: pd.DataFrame) -> str:
@@ -312,4 +308,4 @@ def anomaly(
     lens_report(run)
     table = run.table("prompts").sort_values("score", ascending=False, kind="stable")
     rates = pd.DataFrame([{"by": k, **v} for k, v in run.json("summary")["auroc"].items()])
-    show(screen, run, {"prompts": table.to_dict("records")}, rates, table.head(10))
+    conclude(screen, run, rates, table.head(10), prompts=table.to_dict("records"))

@@ -15,7 +15,7 @@ import torch
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, conclude, set_threads
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -259,9 +259,7 @@ def lead(summary: dict[str, Any], ranking: Any) -> str:
 
 
 def _show(screen: Screen, run: Run) -> None:
-    summary = run.json("summary")
-    place = {"run_folder": str(run.folder), "report": str(run.folder / "report.html")}
-    lines: list[Any] = [""]
+    lines: list[Any] = []
     found: dict[str, Any] = {}
     if run.has("scores.parquet"):
         table = run.scores("scores").top(10).to_frame()[["part", "score"]].rename(columns={"score": "length"})
@@ -276,6 +274,4 @@ def _show(screen: Screen, run: Run) -> None:
         table = table.loc[table["score"].abs().sort_values(ascending=False).index].head(8)
         lines += [table[["token", "score", "context"]], ""]
         found["tokens"] = table.to_dict("records")
-    lines += [summary["lead"], *[f"note: {t}" for t in summary["notes"]]]
-    lines += [f"\nrun     {run.folder}", f"report  {place['report']}"]
-    screen.show(summary | found | place, *lines)
+    conclude(screen, run, *lines[:-1], **found)

@@ -70,6 +70,11 @@ def check_memory(memory: float) -> None:
         raise VesaliusError(f"--memory {memory:g} is no amount of working memory; give GiB above 0, such as 1")
 
 
+def listed(text: str | None) -> list[str]:
+    """What an option names with commas between: `a, b` is a and b."""
+    return [item.strip() for item in (text or "").split(",") if item.strip()]
+
+
 def opened(screen: Any, spec: str, dtype: str | None, device: str | None, device_map: str | None, trust: bool) -> Any:
     """The model, opened with progress."""
     import vesalius

@@ -152,7 +152,7 @@ def _arms(base: Any, optimizers: str | None, models: str | None) -> list[tuple[s
     if optimizers is not None:
         from vesalius.train.optimizers import OPTIMIZERS
 
-        names = [t.strip() for t in optimizers.split(",") if t.strip()]
+        names = o.listed(optimizers)
         for name in names:
             OPTIMIZERS.entry(name)
         own = base.optimizer.name
@@ -160,7 +160,7 @@ def _arms(base: Any, optimizers: str | None, models: str | None) -> list[tuple[s
     else:
         from vesalius.build import preset
 
-        names = [t.strip() for t in (models or "").split(",") if t.strip()]
+        names = o.listed(models)
         for name in names:
             preset(name)
         found = [(n, {"model": {"preset": n, "source": None}}) for n in names]

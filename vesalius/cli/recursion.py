@@ -12,7 +12,7 @@ import typer
 
 from vesalius import checkpoints
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, conclude, records_of, set_threads, stored_tables
 from vesalius.errors import VesaliusError
 from vesalius.run_index import find_run
 from vesalius.runs import Run
@@ -172,17 +172,8 @@ def lead(told: dict[str, Any], kinds: pd.DataFrame, run: Run) -> str:
 
 
 def _show(screen: Screen, run: Run) -> None:
-    summary = run.json("summary")
-    place = {"run": str(run.folder), "report": str(run.folder / "report.html")}
-    result = dict(summary)
-    lines: list[Any] = []
-    for name in ("kinds", "score", "heads", "modes"):
-        if run.has(f"{name}.parquet"):
-            table = run.table(name)
-            result[name] = table.replace({np.nan: None}).to_dict("records")
-            lines += ["", table.head(12)]
+    summary, found = run.json("summary"), stored_tables(run, ("kinds", "score", "heads", "modes"))
+    lines: list[Any] = [x for table in found.values() for x in (table.head(12), "")]
     if "lines" in summary:
-        lines += [f"\n{summary['program']}:", *[f"  {line}" for line in summary["lines"]]]
-    lines += [f"\n{summary['lead']}", *[f"note: {x}" for x in summary["notes"]]]
-    lines += [f"\nrun     {run.folder}", f"report  {place['report']}"]
-    screen.show(result | place, *lines)
+        lines += [f"{summary['program']}:", *[f"  {line}" for line in summary["lines"]]]
+    conclude(screen, run, *lines, **records_of(found))

@@ -79,7 +79,7 @@ def reuse(
     screen = Screen(as_json)
     set_threads(threads)
     o.check_memory(memory)
-    names, specs = _listed(tasks), _listed(models)
+    names, specs = o.listed(tasks), o.listed(models)
     _check(names, specs, method, prove_n)
     made = [o.task_of(t, n, seed, None, default_n=32) for t in names]
     opened = [o.opened(screen, m, dtype, device, device_map, trust_remote_code) for m in specs]
@@ -123,10 +123,6 @@ def reuse(
                     run.save_json(name, table | {"command": command} if name == "summary" else table)
     reuse_report(run)
     _show(screen, run)
-
-
-def _listed(text: str) -> list[str]:
-    return [t.strip() for t in text.split(",") if t.strip()]
 
 
 def _check(tasks: list[str], models: list[str], method: str, prove_n: int) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, conclude, set_threads
 from vesalius.errors import VesaliusError
 from vesalius.runs import DEFAULT_ROOT, Run
 
@@ -105,7 +105,7 @@ def train(
     )
     site = parse_place(at)
     texts = [] if prompts is None else _lines(prompts)
-    names = _names(corpus) if corpus or texts else ["foldoc"]
+    names = o.listed(corpus) if corpus or texts else ["foldoc"]
     opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
     width_of(opened, site)
     command = "vesalius " + shlex.join(sys.argv[1:])
@@ -115,7 +115,7 @@ def train(
         )
     run = Run.open(folder)
     sae_report(run)
-    _end(screen, run, quality_table(run.json("quality")))
+    conclude(screen, run, quality_table(run.json("quality")))
 
 
 def show(
@@ -157,7 +157,7 @@ def show(
         if text:
             rows = prompt_rows(opened, text)
         else:
-            names = _names(corpus) or _own(found) or ["foldoc"]
+            names = o.listed(corpus) or _own(found) or ["foldoc"]
             rows = corpus_rows(opened, names, 1, held_out_tokens=tokens, tell=tell).held_out
     request = {
         "command": "sae-show",
@@ -207,7 +207,7 @@ def show(
         lines += [f"  {t['value']:7.2f}  {_line(t)}" for t in one["texts"][:5]]
         if one["up"]:
             lines.append("  makes likelier: " + ", ".join(repr(t) for t, _ in one["up"]))
-    _end(screen, run, *lines, features=run.json("features"))
+    conclude(screen, run, *lines, features=run.json("features"))
 
 
 def use(
@@ -293,7 +293,7 @@ def use(
     s = run.json("summary")
     lines: list[Any] = [run.table("next").head(8), "", run.table("active").head(8)]
     lines += [f"\nas it is  {' '.join(s['texts'][0].split())}", f"changed   {' '.join(s['texts'][1].split())}"]
-    _end(screen, run, *lines, next=run.table("next").to_dict("records"), active=run.table("active").to_dict("records"))
+    conclude(screen, run, *lines, **{name: run.table(name).to_dict("records") for name in ("next", "active")})
 
 
 # -- shared
@@ -341,12 +341,8 @@ def _own(sae: Any) -> list[str]:
     """The corpora an SAE of ours was trained on; the held-out documents are the same there."""
     from vesalius.corpus import catalogue
 
-    names = _names(str(sae.metadata.get("dataset_path") or "")) if sae.metadata.get("vesalius_recipe") else []
+    names = o.listed(str(sae.metadata.get("dataset_path") or "")) if sae.metadata.get("vesalius_recipe") else []
     return names if names and all(n in catalogue() or Path(n).exists() for n in names) else []
-
-
-def _names(text: str | None) -> list[str]:
-    return [n.strip() for n in (text or "").split(",") if n.strip()]
 
 
 def _lines(path: Path) -> list[str]:
@@ -358,11 +354,3 @@ def _lines(path: Path) -> list[str]:
 
 def _line(row: dict[str, Any]) -> str:
     return " ".join(f"{row['before']}[{row['token']}]{row['after']}".split())
-
-
-def _end(screen: Screen, run: Run, *lines: Any, **more: Any) -> None:
-    summary = run.json("summary")
-    place = {"run": str(run.folder), "report": str(run.folder / "report.html")}
-    notes = [f"note: {n}" for n in summary["notes"]]
-    tail = [f"\n{summary['lead']}", *notes, f"\nrun     {run.folder}", f"report  {place['report']}"]
-    screen.show(summary | more | place, "", *lines, *tail)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, conclude, records_of, set_threads
 from vesalius.runs import Run
 
 MASK_PANEL = "Masks"
@@ -98,7 +98,7 @@ def subnetwork(
         seed=seed,
     )
     opened = o.opened(screen, model, dtype, device, None, trust_remote_code)
-    names = [n.strip() for n in (corpus or "").split(",") if n.strip()]
+    names = o.listed(corpus)
     command = "vesalius " + shlex.join(sys.argv[1:])
     with screen.step("learning masks") as tell:
         folder = learn_masks(
@@ -110,15 +110,10 @@ def subnetwork(
 
 
 def _show(screen: Screen, run: Run) -> None:
-    summary, found, density = run.json("summary"), run.table("variants"), run.table("density")
-    place = {"run_folder": str(run.folder), "report": str(run.folder / "report.html")}
+    found, density = run.table("variants"), run.table("density")
     shown = found.groupby("variant", sort=False)[["kept", "r", "kl", "nll"]].mean().reset_index()
     shown["kept"] = shown["kept"].astype(int)
     parts = density.groupby("part", sort=False)[["weights", "kept"]].sum().reset_index()
     parts["density"] = parts["kept"] / parts["weights"]
-    told: dict[str, Any] = {"variants": found.to_dict("records"), "density": density.to_dict("records")}
-    lines: list[Any] = ["", shown, "", "the densest parts:", parts.nlargest(8, "density"), f"\n{summary['lead']}"]
-    lines += [f"note: {t}" for t in summary["notes"]]
-    if summary["checkpoint"]:
-        lines.append(f"\nmodel   {summary['checkpoint']}")
-    screen.show(summary | told | place, *lines, f"run     {run.folder}", f"report  {place['report']}")
+    told = records_of({"variants": found, "density": density})
+    conclude(screen, run, shown, "", "the densest parts:", parts.nlargest(8, "density"), **told)

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, conclude, records_of, set_threads, stored_tables
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -82,7 +82,7 @@ def tune(
         raise VesaliusError(f"--share {share:g} is no share of the heads; give more than 0, up to 1")
     plan = Plan(steps, rows, lr, seed=seed)
     made = o.task_of(task, n, seed, task_set, default_n=n)
-    names = [x.strip() for x in also.split(",") if x.strip()]
+    names = o.listed(also)
     for name in names:
         TASKS.entry(name)
     opened: Any = o.opened(screen, model, dtype, device, None, trust_remote_code)
@@ -174,17 +174,6 @@ def lead(told: dict[str, Any], run: Run) -> str:
 
 
 def _show(screen: Screen, run: Run) -> None:
-    summary = run.json("summary")
-    place = {"run": str(run.folder), "report": str(run.folder / "report.html")}
-    result = dict(summary)
-    lines: list[Any] = []
-    for name in ("knocked_out", "tuned"):
-        if run.has(f"{name}.parquet"):
-            table = run.table(name)
-            result[name] = table.replace({np.nan: None}).to_dict("records")
-            lines += ["", table.drop(columns=[c for c in ("heads", "parts") if c in table]).round(3)]
-    lines += [f"\n{summary['lead']}", *[f"note: {x}" for x in summary["notes"]]]
-    if summary["checkpoint"]:
-        lines.append(f"\nmodel   {summary['checkpoint']}")
-    lines += [f"\nrun     {run.folder}", f"report  {place['report']}"]
-    screen.show({**result, "run": place["run"], "report": place["report"]}, *lines)
+    found = stored_tables(run, ("knocked_out", "tuned"))
+    shown = [t.drop(columns=[c for c in ("heads", "parts") if c in t]).round(3) for t in found.values()]
+    conclude(screen, run, *(x for table in shown for x in (table, "")), **records_of(found))
