@@ -117,7 +117,7 @@ def test_a_listing_has_every_detector_with_its_parameters() -> None:
             ("--detectors", "induction", "--detector-set", "induction.rows=0"),
             "induction.rows is 0; give a number above 0",
         ),
-        (("--detectors", "copying", "--detector-set", "copying.top=nan"), "copying.top is nan; give a number above 0"),
+        (("--detectors", "copying", "--detector-set", "copying.top=-1"), "copying.top is -1.0; give a number above 0"),
         (("--detectors", "retrieval", "--task", "none"), "reads 32 tokens and a prompt of 256"),
         (("--detectors", "successor", "--task", "none"), "successor heads cannot be asked for here"),
     ],
