@@ -87,10 +87,15 @@ def plain_text(model: Model, corpus: str = "foldoc", rows: int = 16, length: int
     """The beginnings of some documents, (row, pos).
 
     Raises:
-        VesaliusError: if so many long enough documents are not there.
+        VesaliusError: if so many long enough documents are not there, or the model reads no text of that length.
     """
     from vesalius.corpus import documents
 
+    most = int(getattr(model.hf.config, "max_position_embeddings", 0) or 0)
+    if most and length > most:
+        raise VesaliusError(
+            f"texts of {length} tokens are longer than {model.name} reads ({most}); give a lower length"
+        )
     encoder, found = encoder_of(model), []
     for document in documents(corpus):
         ids = (*encoder.prefix, *encoder.ids(document.text[: 12 * length]))
