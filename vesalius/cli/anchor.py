@@ -62,12 +62,13 @@ def anchor(
     prior calibration and random edits. Leaves a run folder with report.html; --save writes the repaired model.
     """
     from vesalius.find.anchored import LETTERS, draw, examine, place, plain_text, read
+    from vesalius.model.saving import new_folder
     from vesalius.report import anchor_report
 
     screen = Screen(as_json)
     set_threads(threads)
-    if save is not None and save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise VesaliusError(f"{save} is there already; name a new folder to save the model in")
+    if save is not None:
+        new_folder(save)
     if questions is not None:
         pool = read(questions)
         rng = random.Random(f"choice/{seed}")

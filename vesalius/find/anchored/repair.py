@@ -30,6 +30,7 @@ from vesalius.find.anchored.questions import LETTERS, Choice
 from vesalius.find.recall.heads import unembedded
 from vesalius.model import Model, Site
 from vesalius.model.replay import Tape
+from vesalius.model.saving import origin_of, save_model
 from vesalius.model.sweep import BATCH
 from vesalius.model.weights import parameter_of
 from vesalius.parts import Part
@@ -79,14 +80,9 @@ class ValueEdit:
 
     def save(self, model: Model, folder: Path | str) -> Path:
         """Writes the changed model as an ordinary Hugging Face folder."""
-        folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise VesaliusError(f"{folder} is there already; name a new folder to save the model in")
         with self.on(model):
-            model.hf.save_pretrained(folder)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
-        return folder
+            story = {"edit": "value vectors", "of": origin_of(model), "neurons": [str(p) for p in self.neurons]}
+            return save_model(model, folder, story)
 
 
 def choose_neurons(model: Model, questions: Sequence[Choice], text: Tensor, k: int = 5) -> list[tuple[Part, float]]:
