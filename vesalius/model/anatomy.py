@@ -69,6 +69,20 @@ class StackSpec(BaseModel):
     block: BlockSpec
 
 
+class Sizes(BaseModel):
+    """What a family's config calls its sizes; None where its class takes no other than it has.
+
+    `heads` alone, without `head_dim`, means that a head's width follows from their number: none can be taken out.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    kv_heads: str | None = None
+    head_dim: str | None = None
+    mlp: str | None = "intermediate_size"
+
+
 class FamilySpec(BaseModel):
     """A family file. Values such as `config.use_parallel_residual` are read from the model's config."""
 
@@ -83,6 +97,7 @@ class FamilySpec(BaseModel):
     qkv_layout: Literal["concat", "interleaved"] | None = None
     kv_heads_attribute: str | None = None
     refuse: dict[str, str] = {}
+    sizes: Sizes = Sizes()
     stacks: list[StackSpec]
 
 
