@@ -227,13 +227,8 @@ def _slices(
         found.append((block.o, None, rows[torch.tensor(heads)].flatten()))
     if len(neurons) < a.d_mlp:
         kept = torch.tensor(neurons)
-        for module in block.mlp_in.modules():
-            weight = getattr(module, "weight", None)
-            if module is block.down or not isinstance(weight, Tensor) or weight.dim() != 2:
-                continue
-            copies, rest = divmod(matrix(module).shape[1], a.d_mlp)  # gate and up may be one matrix
-            if rest or not copies:
-                continue
+        for module in a.mlp_readers(block):
+            copies = matrix(module).shape[1] // a.d_mlp  # gate and up may be one matrix
             found.append((module, torch.cat([kept + i * a.d_mlp for i in range(copies)]), None))
         found.append((block.down, None, kept))
     return found

@@ -281,6 +281,17 @@ class Anatomy:
         """W_O of every head, (head, d_head, d_model)."""
         return matrix(block.o).unflatten(0, (self.n_heads, self.d_head))
 
+    def mlp_readers(self, block: Block) -> list[nn.Module]:
+        """The MLP's first matrices, d_model to one or (gate and up fused) two numbers a neuron."""
+        found = []
+        for module in block.mlp_in.modules():
+            weight = getattr(module, "weight", None)
+            if module is block.down or not isinstance(weight, Tensor) or weight.dim() != 2:
+                continue
+            if matrix(module).shape[1] % self.d_mlp == 0:
+                found.append(module)
+        return found
+
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def parts(self, kinds: tuple[str, ...] = ("head", "mlp")) -> list[Part]:
