@@ -56,6 +56,7 @@ def command_line() -> typer.Typer:
         memorize,
         observe,
         probe,
+        prune,
         race,
         recursion,
         reuse,
@@ -79,8 +80,9 @@ def command_line() -> typer.Typer:
     finding = (circuit, reuse, compare)
     training = (train, data, race, dynamics, recursion, icll, memorize, tune)
     features = (direction, probe, bias, frequency, subnetwork, sae, codes, codebook)
+    changing = (prune,)
     reading = (heads, lens, channels, trace, anchor, observe, *features)
-    for module in (*finding, *reading, *training, atlas, check, listing, catalogues):
+    for module in (*finding, *reading, *training, *changing, atlas, check, listing, catalogues):
         module.register(app)
     return app
 

@@ -92,6 +92,7 @@ from pathlib import Path
 from vesalius.errors import UnknownName
 from vesalius.report.anchor import anchor_report
 from vesalius.report.bias import bias_report
+from vesalius.report.change import change_report
 from vesalius.report.channels import channels_report, observe_report
 from vesalius.report.circuit import circuit_report
 from vesalius.report.codebooks import codebook_report
@@ -113,6 +114,7 @@ from vesalius.report.train import train_report
 from vesalius.report.tuning import tuning_report
 from vesalius.runs import Run
 
+CHANGES = ("prune", "quantize", "merge", "repair", "forget", "distil", "steady")
 _REPORTS: dict[str, Callable[[Run], Path]] = {
     "circuit": circuit_report,
     "reuse": reuse_report,
@@ -136,6 +138,7 @@ _REPORTS: dict[str, Callable[[Run], Path]] = {
     **{f"sae-{name}": sae_report for name in ("train", "show", "use")},
     "trace": trace_report,
     "anchor": anchor_report,
+    **dict.fromkeys(CHANGES, change_report),
     "subnetwork": subnetwork_report,
     **{f"lens-{name}": lens_report for name in ("logit", "tuned", "direct", "train", "basis", "anomaly")},
 }
@@ -154,9 +157,9 @@ def report(run: Run) -> Path:
 
 
 __all__ = [
-    "anchor_report", "bias_report", "channels_report", "circuit_report", "codebook_report", "codes_report",
-    "compare_report", "direction_report", "dynamics_report", "frequency_report", "heads_report", "icll_report",
-    "lens_report", "memorization_report", "observe_report", "probe_report", "race_report", "recursion_report", "report",
-    "reuse_report", "sae_report", "subnetwork_report", "trace_report", "train_report",
+    "anchor_report", "bias_report", "change_report", "channels_report", "circuit_report", "codebook_report",
+    "codes_report", "compare_report", "direction_report", "dynamics_report", "frequency_report", "heads_report",
+    "icll_report", "lens_report", "memorization_report", "observe_report", "probe_report", "race_report",
+    "recursion_report", "report", "reuse_report", "sae_report", "subnetwork_report", "trace_report", "train_report",
     "tuning_report",
 ]  # fmt: skip
