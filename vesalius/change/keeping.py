@@ -99,6 +99,30 @@ def story_of(folder: str | Path) -> dict[str, Any]:
     return read_json(place / RECORD, "name the folder of a changed model")
 
 
+def base_of(folder: str | Path) -> str:
+    """What opens the model that a changed one was made of, after its sha256 was compared.
+
+    Raises:
+        ModelError: if it is not told, not there, or another one now.
+    """
+    from vesalius.model.sources import resolve
+
+    of = story_of(folder).get("of", {})
+    spec, expected = str(of.get("spec", "")), str(of.get("sha256", ""))
+    if not spec or not expected:
+        raise ModelError(f"{folder} does not say which files it was made of, so they cannot be found again")
+    try:
+        found = resolve(spec)
+    except VesaliusError as error:
+        raise ModelError(f"{folder} was made of {spec}, which cannot be opened now: {error}") from error
+    if found.sha256 != expected:
+        raise ModelError(
+            f"{folder} was made of {spec} when its weights had sha256 {expected[:16]}...; now they have "
+            f"{found.sha256[:16]}...: put the old files back"
+        )
+    return spec
+
+
 def restore(folder: str | Path, out: str | Path) -> Path:
     """Writes the model that a changed one was made of, to the bit.
 
@@ -111,25 +135,14 @@ def restore(folder: str | Path, out: str | Path) -> Path:
     import vesalius
     from vesalius.model.sources import resolve
 
-    place, story = Path(folder), story_of(folder)
-    of = story.get("of", {})
+    place = Path(folder)
+    story_of(place)
     target = new_folder(out)
     if (place / EDIT / NOTE).is_file():
         model = vesalius.open(str(place), dtype="auto")
         Edit.load(place / EDIT).undo(model)
         return save_model(model, target)
-    spec, expected = str(of.get("spec", "")), str(of.get("sha256", ""))
-    if not spec or not expected:
-        raise ModelError(f"{place} does not say which files it was made of, so they cannot be found again")
-    try:
-        found = resolve(spec)
-    except VesaliusError as error:
-        raise ModelError(f"{place} was made of {spec}, which cannot be opened now: {error}") from error
-    if found.sha256 != expected:
-        raise ModelError(
-            f"{place} was made of {spec} when its weights had sha256 {expected[:16]}...; now they have "
-            f"{found.sha256[:16]}...: put the old files back"
-        )
+    found = resolve(base_of(place))
 
     def fill(part: Path) -> None:
         for file in sorted(p for p in found.folder.iterdir() if p.is_file() and p.name != checkpoints.MANIFEST):

@@ -33,7 +33,7 @@ def recovery(source: str | Path, corpus: str, tokens: int, lr: float, length: in
         "name": "recovery",
         "about": "a changed model learns plain text through LoRA adapters",
         "model": {"source": str(source)},
-        "data": {"corpus": corpus, "length": length, "rows": rows},
+        "data": {"corpus": corpus, "length": length, "rows": rows, "held_out": 0.05},
         "parameters": {"lora": LORA},
         "optimizer": {"name": "adamw", "lr": lr},
         "schedule": {"name": "linear", "warmup": 0.1, "final": 0.0},

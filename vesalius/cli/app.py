@@ -38,6 +38,7 @@ def command_line() -> typer.Typer:
         anchor,
         atlas,
         bias,
+        card,
         catalogues,
         channels,
         check,
@@ -80,7 +81,7 @@ def command_line() -> typer.Typer:
     finding = (circuit, reuse, compare)
     training = (train, data, race, dynamics, recursion, icll, memorize, tune)
     features = (direction, probe, bias, frequency, subnetwork, sae, codes, codebook)
-    changing = (prune,)
+    changing = (prune, card)
     reading = (heads, lens, channels, trace, anchor, observe, *features)
     for module in (*finding, *reading, *training, *changing, atlas, check, listing, catalogues):
         module.register(app)

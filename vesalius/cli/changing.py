@@ -46,6 +46,11 @@ Timed = Annotated[
 LENGTH = 128
 
 
+def row_length(model: Any, wanted: int = LENGTH) -> int:
+    """Tokens of a row, as far as the model has positions."""
+    return min(wanted, int(getattr(model.hf.config, "max_position_embeddings", 0) or wanted))
+
+
 def causal(screen: Screen, spec: str, dtype: str | None, device: str | None, trust: bool, what: str) -> Any:
     """The model, opened whole; in the checkpoint's own precision unless asked otherwise."""
     opened = o.opened(screen, spec, dtype or "auto", device, None, trust)
@@ -69,7 +74,7 @@ def yardstick(
             found[name] = vesalius.task(name, n=n, seed=seed).pairs(model)
         except TaskError as error:
             notes.append(f"{name} is not on the card: {error}")
-    return Yardstick.of(model, text, rows, LENGTH, found, skip=skip, seed=seed, timed=timed), notes
+    return Yardstick.of(model, text, rows, row_length(model), found, skip=skip, seed=seed, timed=timed), notes
 
 
 def measured(

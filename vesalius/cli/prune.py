@@ -17,6 +17,7 @@ from vesalius.runs import Run
 
 PRUNE_PANEL = "What goes"
 RECOVER_PANEL = "Recovery"
+RECOVERY_ROWS = 8  # of a batch
 
 
 def register(app: typer.Typer) -> None:
@@ -96,6 +97,7 @@ def prune(
     """
     from vesalius.change.prune import budget
     from vesalius.change.ranking import RANKINGS
+    from vesalius.change.recover import recovery
     from vesalius.corpus import documents
     from vesalius.model.saving import new_folder
 
@@ -109,12 +111,16 @@ def prune(
     if not Path(by).exists():
         RANKINGS.entry(by)
     opened = c.causal(screen, model, dtype, device, trust_remote_code, "parts are taken out of causal language models")
+    if recover != "none":
+        recovery(
+            model, recover, tokens, lr, c.row_length(opened), RECOVERY_ROWS, seed
+        )  # refuses before anything is done
     plan = budget(opened, ratio, heads)  # type: ignore[arg-type]
     request = {
         "command": "prune", "model": opened.name, "fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
         "by": by, "ratio": ratio, "heads": heads, "others": others, "text": text, "rows": rows, "recover": recover,
         "tokens": tokens, "lr": lr, "card_text": card_text, "card_rows": card_rows, "card_tasks": o.listed(card_tasks),
-        "card_n": card_n, "timed": timed, "seed": seed,
+        "card_n": card_n, "card_skip": rows if card_text == text else 0, "timed": timed, "seed": seed,
     }  # fmt: skip
     command = "vesalius " + shlex.join(sys.argv[1:])
     with Run.start(request, runs, fresh, command) as run:
@@ -136,7 +142,7 @@ def _work(screen: Screen, run: Run, model: Any, plan: Any, request: dict[str, An
     from vesalius.corpus import plain_text
 
     notes: list[str] = []
-    text = plain_text(model, request["text"], request["rows"], 64)
+    text = plain_text(model, request["text"], request["rows"], c.row_length(model, 64))
 
     def ranked(name: str) -> Any:
         with screen.step(f"ranking by {name}") as tell:
@@ -160,13 +166,16 @@ def _work(screen: Screen, run: Run, model: Any, plan: Any, request: dict[str, An
     if request["recover"] != "none":
         with run.stage("recover", 1):
             part = keep_change(made["pruned"], model, _cleared(run.folder / "pruned"), "prune", request)
-            recipe = recovery(part, request["recover"], request["tokens"], request["lr"], 128, 8, request["seed"])
+            recipe = recovery(
+                part, request["recover"], request["tokens"], request["lr"], c.row_length(model), RECOVERY_ROWS,
+                request["seed"],
+            )  # fmt: skip
             with Watching(screen, quiet=True) as watcher:
                 made["recovered"] = vesalius.open(recover(recipe, run.folder / "recovery", watcher), dtype="auto")
     drawn = RANKINGS.get("random")(model, text, request["seed"])
     yard, missing = c.yardstick(
         model, request["card_text"], request["card_rows"], ",".join(request["card_tasks"]), request["card_n"],
-        request["seed"], request["timed"], skip=request["rows"] if request["card_text"] == request["text"] else 0,
+        request["seed"], request["timed"], request["card_skip"],
     )  # fmt: skip
     order = dict(reversed(made.items()))  # what is kept comes first
     makers = {name: (lambda m=m: m) for name, m in order.items()} | {

@@ -65,8 +65,14 @@ def _card(found: pd.DataFrame | None) -> Section:
     title = "The card"
     if found is None:
         return Section(title, missing="nothing was measured.")
-    shown = found.assign(before=found["before"].map(number), after=found["after"].map(number))
+    shown = found.assign(**{k: found[k].map(_told) for k in ("before", "after")})
+    shown["n"] = [str(n) if n else "" for n in found["n"]]
     return Section(title, [tables.frame_table(shown, shown=len(shown))], READ)
+
+
+def _told(value: float) -> str:
+    """Counts in full, anything else to three digits."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else number(value)
 
 
 def _own(run: Run, summary: dict[str, Any]) -> list[Section]:
