@@ -9,9 +9,8 @@ again, its sha256 compared, and copied.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from vesalius.change.edit import NOTE, Edit
 from vesalius.errors import ModelError, RunError, VesaliusError
 from vesalius.model import Model
 from vesalius.model.saving import RECORD, new_folder, origin_of, save_model
-from vesalius.records import plain, read_json
+from vesalius.records import dump, plain, read_json
 
 EDIT = "edit"
 
@@ -60,8 +59,37 @@ def keep_change(
     return save_model(changed, folder, told, further)
 
 
+def keep_files(
+    made: Path,
+    folder: Path,
+    change: str,
+    of: Sequence[Mapping[str, Any]],
+    request: Mapping[str, Any],
+    card: pd.DataFrame,
+) -> Path:
+    """As `keep_change`, of a checkpoint that lies in files already. of: the base first, then what else went in."""
+    told = {
+        "change": change, "of": dict(of[0]), "with": [dict(x) for x in of[1:]], "request": plain(dict(request)),
+        "card": plain(card.to_dict("records")), "undo": "base",
+    }  # fmt: skip
+
+    def fill(part: Path) -> None:
+        _copied(made, part)
+        (part / RECORD).write_bytes(dump(told))
+
+    return checkpoints.write(new_folder(folder), fill, "free some space, or choose another folder")
+
+
+def _copied(source: Path, target: Path) -> None:
+    """The files of a checkpoint in another folder; no links, since what is written into one would change the other."""
+    for file in sorted(p for p in source.rglob("*") if p.is_file() and p.name != checkpoints.MANIFEST):
+        to = target / file.relative_to(source)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, to)
+
+
 def deliver(source: Path, out: Path | None) -> Path:
-    """The checkpoint of a run under another name: linked where the disk allows, copied elsewhere; or where it is.
+    """The checkpoint of a run, copied to where the user wants it; or where it is.
 
     Raises:
         VesaliusError: if something else is there.
@@ -73,18 +101,7 @@ def deliver(source: Path, out: Path | None) -> Path:
         return out
     place = new_folder(out)
 
-    def fill(part: Path) -> None:
-        for file in sorted(p for p in source.rglob("*") if p.is_file()):
-            if file.name == checkpoints.MANIFEST:
-                continue
-            target = part / file.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(file, target)
-            except OSError:  # another disk
-                shutil.copy2(file, target)
-
-    return checkpoints.write(place, fill, "free some space, or choose another folder")
+    return checkpoints.write(place, lambda part: _copied(source, part), "free some space, or choose another folder")
 
 
 def story_of(folder: str | Path) -> dict[str, Any]:
@@ -144,8 +161,6 @@ def restore(folder: str | Path, out: str | Path) -> Path:
         return save_model(model, target)
     found = resolve(base_of(place))
 
-    def fill(part: Path) -> None:
-        for file in sorted(p for p in found.folder.iterdir() if p.is_file() and p.name != checkpoints.MANIFEST):
-            shutil.copy2(file, part / file.name)
-
-    return checkpoints.write(target, fill, "free some space, or choose another folder")
+    return checkpoints.write(
+        target, lambda part: _copied(found.folder, part), "free some space, or choose another folder"
+    )

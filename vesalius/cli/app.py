@@ -55,6 +55,7 @@ def command_line() -> typer.Typer:
         lens,
         listing,
         memorize,
+        merge,
         observe,
         probe,
         prune,
@@ -81,7 +82,7 @@ def command_line() -> typer.Typer:
     finding = (circuit, reuse, compare)
     training = (train, data, race, dynamics, recursion, icll, memorize, tune)
     features = (direction, probe, bias, frequency, subnetwork, sae, codes, codebook)
-    changing = (prune, card)
+    changing = (prune, merge, card)
     reading = (heads, lens, channels, trace, anchor, observe, *features)
     for module in (*finding, *reading, *training, *changing, atlas, check, listing, catalogues):
         module.register(app)
