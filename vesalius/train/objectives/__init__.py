@@ -42,6 +42,12 @@ OBJECTIVES.add(
     "the next token and a teacher's distribution",
     "Hinton et al. 2015, arXiv 1503.02531",
 )
+OBJECTIVES.add(
+    "ditto",
+    f"{_HERE}.ditto:Ditto",
+    "the next token, and repeated sentences that are to be believed less each time",
+    "Xu et al. 2022, arXiv 2206.02369",
+)
 
 
 def make_objective(name: str, needs: Needs, *, tokenizer: Any = None, **settings: Any) -> Objective:
@@ -70,6 +76,10 @@ def make_objective(name: str, needs: Needs, *, tokenizer: Any = None, **settings
         from vesalius.train.objectives.special import word_starts
 
         settings.setdefault("word_start", word_starts(tokenizer))
+    if name == "ditto" and tokenizer is not None:
+        from vesalius.train.objectives.ditto import sentence_ends
+
+        settings.setdefault("ends", sentence_ends(tokenizer))
     if name == "distil" and "teacher" not in settings:
         raise VesaliusError("objective 'distil' needs a teacher: the name or folder of a model")
     return made(needs, **settings)
