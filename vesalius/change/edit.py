@@ -126,7 +126,7 @@ class Edit:
 
     @torch.no_grad()
     def _put(self, model: Model, side: str, expected: str) -> None:
-        if weights_fingerprint(model.hf) != expected:
+        if weights_fingerprint(model.hf, config=False) != expected:
             then = "was recorded on" if side == "after" else "led to"
             raise ModelError(
                 f"the weights of {model.name} are not those that this edit ({self.kind}) {then}: fingerprints differ; "
@@ -186,7 +186,7 @@ class Recorder:
     """
 
     def __init__(self, model: Model, kind: str) -> None:
-        self.edit = Edit(kind, origin_of(model), start=weights_fingerprint(model.hf))
+        self.edit = Edit(kind, origin_of(model), start=weights_fingerprint(model.hf, config=False))
         self._tensors = dict(model.hf.named_parameters(remove_duplicate=False))
         self._model = model
         self._before: dict[str, tuple[str, Tensor]] = {}
@@ -239,7 +239,7 @@ class Recorder:
             change = Change.of(name, reason, before, self._tensors[name].detach())
             if change is not None:
                 self.edit.changes.append(change)
-        self.edit.result = weights_fingerprint(self._model.hf)
+        self.edit.result = weights_fingerprint(self._model.hf, config=False)
         return self.edit
 
 

@@ -61,6 +61,7 @@ def command_line() -> typer.Typer:
         prune,
         race,
         recursion,
+        repair,
         reuse,
         sae,
         subnetwork,
@@ -82,7 +83,7 @@ def command_line() -> typer.Typer:
     finding = (circuit, reuse, compare)
     training = (train, data, race, dynamics, recursion, icll, memorize, tune)
     features = (direction, probe, bias, frequency, subnetwork, sae, codes, codebook)
-    changing = (prune, merge, card)
+    changing = (prune, merge, repair, card)
     reading = (heads, lens, channels, trace, anchor, observe, *features)
     for module in (*finding, *reading, *training, *changing, atlas, check, listing, catalogues):
         module.register(app)
