@@ -210,7 +210,7 @@ def main() -> None:
     first = planted(size, rows)
     second = real(size, rows)
     third = autoencoders(size)
-    if is_quick():
+    if size is QUICK:
         return
     write(
         "dictionaries",

@@ -198,10 +198,19 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}, path)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_finite(path: Path, remedy: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file that are finished weights: refused where one holds NaN or infinity."""
+    found = load_tensors(path, remedy)
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise RunError(f"{path}: {name} holds NaN or infinity; {remedy}")
+    return found
+
+
+def load_tensors(path: Path, remedy: str = "resume from another step") -> dict[str, Tensor]:
     """Tensors of a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  # not a mapping
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read ({why(error)}); resume from another step") from error
+        raise RunError(f"{path} cannot be read ({why(error)}); {remedy}") from error

@@ -146,6 +146,16 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
+def typed(found: Mapping[str, Any], path: Path, remedy: str, **kinds: Any) -> None:
+    """Refuses a JSON object of a file that lacks one of these entries, or has one of another kind, with a RunError."""
+    for key, kind in kinds.items():
+        if key not in found:
+            raise RunError(f"{path} has no '{key}'; {remedy}")
+        value = found[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise RunError(f"{path}: '{key}' is {repr(value)[:40]}, which it cannot be; {remedy}")
+
+
 def dump(value: Any) -> bytes:
     """The value as strict JSON; bytes of a path that are not UTF-8 are written as JSON's own escapes."""
     text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -101,7 +101,8 @@ def list_runs(root: Path | str = DEFAULT_ROOT) -> pd.DataFrame:
             row["seconds"] = sum((parse(b) - parse(a)).total_seconds() for a, b in spans) if spans else None
             if run.has("summary.json"):
                 summary = run.json("summary")
-                size = summary.get("size") or {}
+                told = summary.get("size")
+                size = told if isinstance(told, Mapping) else {}  # a codebook's is a number
                 row |= {k: size.get(k) for k in ("heads", "mlps", "edges")}
                 for key in ("accuracy", "logit_diff", "faithfulness", "random", "cpr", "cmd", "parameters", "held_out"):
                     row[key] = _number(summary.get(key))

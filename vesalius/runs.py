@@ -24,6 +24,7 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -129,8 +130,9 @@ class Run:
 
         Raises:
             RunError: if the folder cannot be written, is a file, belongs to another request, or another process is
-                writing the run now.
+                writing the run now; or if a number of the request is NaN or infinite, which no JSON holds.
         """
+        _check_finite(request)
         clean = plain(request)
         folder = folder_of(clean, out)
         parent = folder.parent
@@ -474,6 +476,18 @@ class Run:
 def _is_entry(entry: Any) -> bool:
     kinds = {"bytes": int, "sha256": str}
     return isinstance(entry, dict) and all(isinstance(entry.get(k), kind) for k, kind in kinds.items())
+
+
+def _check_finite(value: Any, name: str = "the request") -> None:
+    """Refuses NaN and infinity, which would be stored as null and so be taken for another request."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_finite(inner, str(key))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_finite(inner, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RunError(f"{name} is {value:g}; give a finite number")
 
 
 def _read_status(folder: Path, remedy: str) -> dict[str, Any]:

@@ -157,8 +157,9 @@ def test_bad_input_is_told(tmp_path: Path) -> None:
     file = tmp_path / "bad.jsonl"
     for text, why in (
         ("", "holds no example"),
-        ("{", "line 1 is not JSON"),
-        ('{"good": "w1"}\n[1]', "line 2 is no object of texts"),
+        ("{", "line 1: not JSON"),
+        ('{"good": "w1"}\n[1]', "line 2: a list where an object is needed"),
+        ('{"good": 5}', "line 1: something is no text"),
         ('{"prompt": "w1"}', "has neither good nor bad"),
     ):
         file.write_text(text)

@@ -82,7 +82,8 @@ def test_the_same_command_finds_its_run_again(whole: Outcome, folder: Path) -> N
         (("--neurons", 11), "11 neurons cannot be edited"),
         (("--dev", 40), "has 40 questions, and --dev 40 leaves none"),
         (("--dev", 3), "3 development questions are too few"),
-        (("--length", 60), "and 16 are needed"),
+        (("--length", 30), "and 16 are needed"),
+        (("--length", 60), "texts of 60 tokens are longer than anchor reads (32)"),
     ],
 )
 def test_bad_input_is_one_line(folder: Path, arguments: tuple[object, ...], told: str) -> None:
@@ -95,3 +96,19 @@ def test_bad_questions_are_one_line(folder: Path, tmp_path: Path) -> None:
     assert "7 choices" in vesalius("anchor", *common, "--choices", 7).error
     assert "'all' has" in vesalius("anchor", *common, "--n", 9999).error
     assert "cannot be read" in vesalius("anchor", *common, "--questions", tmp_path / "none.jsonl").error
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"options": "abcd"}, 'line 1 is no {"question", "options", "answer"}'),
+        ({"options": ["fine1", None, "poor1", "poor2"]}, 'line 1 is no {"question", "options", "answer"}'),
+        ({"options": ["fine1", "fine1", "poor1", "poor2"]}, "line 1 offers an option twice"),
+        ({"question": "\ud800"}, 'line 1 is no {"question", "options", "answer"}'),
+        ({"question": "Which " * 900}, "reads at most"),
+    ],
+)
+def test_questions_that_cannot_be_asked(folder: Path, tmp_path: Path, change: dict[str, object], told: str) -> None:
+    rows = [json.loads(line) | change for line in (folder / "fine.jsonl").read_text().splitlines()]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert told in command(folder, "--questions", tmp_path / "mine.jsonl").error

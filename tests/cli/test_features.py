@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cli_helpers import Outcome, assert_same, only_run, vesalius
 from features_helpers import Plant
+from safetensors.numpy import load_file, save_file
 
 from vesalius.features import Axis
 from vesalius.model.sources.quiet import quiet_transformers
@@ -120,9 +121,17 @@ def test_a_saved_axis_scores_again_and_belongs_to_its_model(
 @pytest.mark.parametrize(
     ("lines", "command", "told"),
     [
+        ([f"w{i % 20},{i % 2}" for i in range(60)], "direction", "'w1' stands there twice"),
+        ([f"a, {i},1" for i in range(9)], "direction", "mine.csv line 2: 3 cells under 2 columns"),
+        (["x" * 200_000], "probe", "mine.csv line 2: not CSV (field larger"),
+        ([f"w{i},{int(i < 30)}" for i in range(60)] + ["w1,"], "direction", "mine.csv line 62: neither a label"),
         (["a,1", "b,0"], "direction", "has 1 1 phrases; an axis needs 8 or more"),
         ([f"a{i},{int(i < 8)}" for i in range(60)], "direction", "the smaller side needs 13, a quarter of the larger"),
-        ([f"w{i},{int(i < 4)}" for i in range(20)], "probe", "4 examples of '1'; a probe needs 10 or more of each"),
+        (
+            [f"w{i},{int(i < 4)}" for i in range(20)],
+            "probe",
+            "4 examples of '1'; a probe needs 10 or more of each label (there are 16 of '0', 4 of '1')",
+        ),
         ([f"w{i},{int(i < 10)}" for i in range(60)], "probe", "add 3 of the latter, or balance (--balance) to draw 10"),
         ([f"w{i},1" for i in range(60)], "probe", "all 60 examples have the label '1'; two are needed"),
         ([f"w{i}," for i in range(20)], "probe", "mine.csv line 2: no 'label'"),
@@ -237,6 +246,8 @@ def test_a_language_models_suggestions_are_audited(random_llama: Path, tmp_path:
         ("bias --suggestions 4", ["20 or more"]),
         ("bias --statistics shares.csv", ["--pronouns"]),
         ("bias --pronouns --statistics nowhere.csv", ["no file nowhere.csv"]),
+        ("bias --window ²", ["--window ²", "infinite"]),
+        ("bias --corpus=", ["no corpus was named"]),
         ("bias --window wide", ["--window wide", "infinite"]),
         ("bias --percentile 100", ["--percentile 100"]),
         ("bias --words nowhere.yaml", ["no file nowhere.yaml"]),
@@ -258,3 +269,52 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     assert "holds no text" in vesalius("bias", "--corpus", tmp_path / "empty.txt", "--out", tmp_path).error
     (tmp_path / "silent.txt").write_text("A table stands in the room.")
     assert "no female words" in vesalius("bias", "--corpus", tmp_path / "silent.txt", "--out", tmp_path).error
+
+
+def test_steering_needs_a_number_and_a_prompt(plant: Path, random_llama: Path, tmp_path: Path) -> None:
+    common = ("direction", plant / "heights.jsonl", "--model", random_llama, "--layer", "1", "--out", tmp_path, *QUICK)
+    assert "push is nan; give a finite number" in vesalius(*common, "--steer", "w1", "--push", "nan").error
+    assert "threshold is nan" in vesalius(*common, "--steer", "w1", "--threshold", "nan").error
+    assert "an empty prompt has nothing to go on from" in vesalius(*common, "--steer", "", "--push", "2").error
+
+
+def test_pronouns_that_the_model_does_not_know(random_llama: Path, tmp_path: Path) -> None:
+    told = vesalius("bias", "--model", random_llama, "--pronouns", "--weat", "none", "--out", tmp_path).error
+    assert "llama does not know ' she' and ' he'" in told
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"offset": None}, "'offset' is None"),
+        ({"scale": "x"}, "'scale' is 'x'"),
+        ({"quality": {}}, "no 'n'"),
+        ({"quality": [1]}, "'quality' is [1]"),
+        ({"vector": 3}, "this axis is of width 3"),
+        ({"vector": float("nan")}, "vector holds NaN or infinity"),
+    ],
+)
+def test_an_axis_that_was_edited(
+    found: Outcome, plant: Path, tmp_path: Path, change: dict[str, object], told: str
+) -> None:
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(plant / f"axis{suffix}", tmp_path / f"axis{suffix}")
+    if "vector" in change:
+        arrays = load_file(tmp_path / "axis.safetensors")
+        made = {k: v[:3] if change["vector"] == 3 else v * change["vector"] for k, v in arrays.items()}
+        save_file(made, tmp_path / "axis.safetensors")
+    else:
+        note = json.loads((tmp_path / "axis.json").read_text())
+        (tmp_path / "axis.json").write_text(json.dumps(note | change))
+    common = ("--model", plant / "model", "--score", "w3", "--out", tmp_path / "runs")
+    assert told in vesalius("direction", tmp_path / "axis.json", *common).error
+
+
+def test_two_ratings_or_shares_of_one_text(plant: Path, tmp_path: Path) -> None:
+    rows = (plant / "heights.jsonl").read_text() + '\n{"text": "w60", "rating": 99}'
+    (tmp_path / "mine.jsonl").write_text(rows)
+    told = vesalius("direction", tmp_path / "mine.jsonl", "--model", plant / "model", "--out", tmp_path).error
+    assert "mine.jsonl line 71: 'w60' has another rating further up" in told
+    (tmp_path / "shares.csv").write_text("occupation,share_female\nnurse,0.9\nNurse,0.1\n")
+    told = vesalius("bias", "--pronouns", "--statistics", tmp_path / "shares.csv", "--out", tmp_path).error
+    assert "shares.csv line 3: 'nurse' has another share further up" in told

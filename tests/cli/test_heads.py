@@ -113,6 +113,11 @@ def test_a_listing_has_every_detector_with_its_parameters() -> None:
         (("--detectors", "induction", "--detector-set", "induction.row=3"), "unknown parameter of induction 'row'"),
         (("--detectors", "induction", "--detector-set", "copying.top=3"), "unknown detector asked for 'copying'"),
         (("--detectors", "induction", "--detector-set", "rows=3"), "not of the form DETECTOR.KEY=VALUE"),
+        (
+            ("--detectors", "induction", "--detector-set", "induction.rows=0"),
+            "induction.rows is 0; give a number above 0",
+        ),
+        (("--detectors", "copying", "--detector-set", "copying.top=-1"), "copying.top is -1.0; give a number above 0"),
         (("--detectors", "retrieval", "--task", "none"), "reads 32 tokens and a prompt of 256"),
         (("--detectors", "successor", "--task", "none"), "successor heads cannot be asked for here"),
     ],

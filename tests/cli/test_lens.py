@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +180,11 @@ def test_wrong_use_is_one_line(trained: Outcome, random_llama: Path, mover: Path
         (("train", *on, "--corpus", "no-such-corpus", "--length", 24), "unknown corpus"),
         (("train", *on, "--corpus", text, "--tokens", 90000, "--length", 24), "are needed to train on"),
         (("train", *on, "--corpus", text, "--start", "middle"), "'middle'"),
+        (("train", *on, "--corpus", text, "--weight-decay", "nan"), "weight_decay nan: give numbers above 0"),
+        (
+            ("train", *on, "--tokens", 1200, "--tokens", 0),
+            "--tokens': Input should be greater than or equal to 1, not '0'",
+        ),
         (("train", *on, "--corpus", text, "--optimizer", "adamm"), "did you mean 'adamw'"),
         (("basis", *on, "--corpus", text, "--lens", "logit", "--layer", "L2"), "layer 2 has no causal basis"),
         (("basis", *on, "--corpus", text, "--lens", "logit", "--layer", "top"), "names no layer"),
@@ -199,3 +206,24 @@ def test_a_lens_of_a_tuned_copy_needs_to_be_asked_for(trained: Outcome, random_l
     refusal = vesalius(*command).error
     assert "was trained on llama" in refusal and "the same norm and unembedding" in refusal and "--transfer" in refusal
     assert vesalius(*command, "--transfer").code == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("n_layers", None, "has no 'n_layers'"),
+        ("d_model", "x", "'d_model' is 'x'"),
+        ("bias_only", 1, "'bias_only' is 1"),
+        ("bias_only", True, "lens.safetensors does not fit lens.json"),
+        ("fingerprint", None, "has no 'fingerprint'"),
+    ],
+)
+def test_a_lens_that_was_edited(
+    trained: Outcome, random_llama: Path, tmp_path: Path, key: str, value: object, told: str
+) -> None:
+    copy = Path(shutil.copytree(trained.json["run"], tmp_path / "lens"))
+    note = json.loads((copy / "lens.json").read_text())
+    note = {k: v for k, v in note.items() if k != key} | ({} if value is None else {key: value})
+    (copy / "lens.json").write_text(json.dumps(note))
+    common = ("--model", random_llama, "--out", tmp_path / "runs")
+    assert told in vesalius("lens", "tuned", "w7", "--lens", copy, *common).error

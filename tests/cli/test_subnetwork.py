@@ -61,3 +61,5 @@ def test_refusals_name_the_remedy(trained: Path, random_llama: Path, tmp_path: P
     ).error
     assert "and there are 5 steps; give" in refusal
     assert "did you mean 'gap_mlp'" in vesalius("train", "norm-free", "--set", "norms.gap_mpl=1", *out).error
+    beta = vesalius("subnetwork", "-m", f"{trained}@last", "--last-beta", "inf", *out).error
+    assert "last_beta inf: give an lr above 0" in beta

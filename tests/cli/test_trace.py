@@ -92,3 +92,18 @@ def test_few_facts_and_other_models_are_refused(folder: Path, known: PlantedReca
     assert (
         "lacks column" in vesalius("trace", "the capital of land3 is", *common, "--facts", folder / "config.json").error
     )
+
+
+def test_facts_are_read_whole_or_refused(folder: Path, tmp_path: Path) -> None:
+    good = (folder / "capitals.csv").read_text()
+    common = ("trace", "the capital of land3 is", "--model", folder, "--n", 20, "--patched", 4, "--out", tmp_path)
+    for name, text, told in (
+        ("more.csv", good + "\nland3,city3,city4\n", "cells under 2 columns"),
+        ("less.csv", good + "\nland30,\n", "no answer; give both"),
+        ("twice.csv", good + "\nland3,city4\n", "'land3' has another answer further up"),
+        ("long.csv", good + "\n" + "x" * 200_000, "not CSV (field larger"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert told in vesalius(*common, "--facts", tmp_path / name).error
+    (tmp_path / "capitals.csv").write_text("\ufeff" + good)
+    assert vesalius(*common, "--facts", tmp_path / "capitals.csv").code == 0

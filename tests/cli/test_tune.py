@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from cli_helpers import vesalius
@@ -29,3 +30,13 @@ def test_nonsense_is_one_line(mover: Path, tmp_path: Path) -> None:
     assert "--share 2 is no share" in vesalius(*ask, "--share", "2").error
     assert "unknown task 'sums'" in vesalius(*ask, "--also", "sums").error
     assert "lr=0.0" in vesalius(*ask, "--lr", "0").error
+
+
+def test_another_text_in_the_same_file_is_another_run(mover: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    common = ("--model", mover, "--task", mover / "ioi.jsonl", "--n", "32", "--out", tmp_path, *SMALL, "--no-train")
+    runs = set()
+    for word in ("mary", "tom"):
+        path.write_text("\n".join(json.dumps({"text": f"{word} and kate " * 40}) for _ in range(16)))
+        runs.add(vesalius("tune", *common, "--corpus", path, "--json").json["run"])
+    assert len(runs) == 2

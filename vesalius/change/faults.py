@@ -9,7 +9,6 @@ p is the model, ref the model as it was.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from vesalius.corpus.batches import Batch
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.model import Model
 from vesalius.records import request_hash
+from vesalius.rows import jsonl_rows
 from vesalius.tasks.encode import Encoder
 from vesalius.train.objectives.base import IGNORED, Loss, Sample
 from vesalius.train.objectives.causal import next_tokens
@@ -31,6 +31,7 @@ from vesalius.train.objectives.losses import token_loss
 How = Literal["dynamic", "fixed", "random", "all"]
 Size = Literal["size", "raw", "neutral"]
 RepairLoss = Literal["sft", "unlikelihood", "dpo"]
+EXAMPLE = '{"prompt": "...", "good": "...", "bad": "..."}'
 SURE = 1e-6  # keeps log(1 - p) finite
 
 
@@ -51,23 +52,19 @@ def read_faults(path: str | Path) -> list[Fault]:
     """
     place = Path(path)
     try:
-        lines = place.read_text(encoding="utf-8").splitlines()
+        text = place.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise VesaliusError(f"{place} cannot be read ({error}); give a .jsonl file of prompt, good, bad") from error
-    found = [_fault(line, f"{place}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    found = [_fault(row, f"{place} line {number}") for number, row in jsonl_rows(str(place), text, example=EXAMPLE)]
     if not found:
         raise VesaliusError(f"{place} holds no example; give at least one line")
     return found
 
 
-def _fault(line: str, where: str) -> Fault:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise VesaliusError(f"{where} is not JSON; give one object a line: prompt, good, bad") from None
-    if not isinstance(row, dict) or not all(isinstance(v, str) for v in row.values()):
-        raise VesaliusError(f"{where} is no object of texts; give prompt, good, bad")
-    one = Fault(str(row.get("prompt", "")), str(row.get("good", "")), str(row.get("bad", row.get("text", ""))))
+def _fault(row: dict[str, Any], where: str) -> Fault:
+    if not all(isinstance(v, str) for v in row.values()):
+        raise VesaliusError(f"{where}: something is no text; write {EXAMPLE}")
+    one = Fault(row.get("prompt", ""), row.get("good", ""), row.get("bad", row.get("text", "")))
     if not (one.good or one.bad):
         raise VesaliusError(f"{where} has neither good nor bad; give what should follow, or what should not")
     return one

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a l
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -146,11 +147,10 @@ def _usage(error: Any, given: Sequence[str]) -> str:
     if not text:  # no command at all: the help was printed
         return ""
     for name in getattr(getattr(error, "param", None), "opts", None) or ():
-        value = next((v.partition("=")[2] for v in given if v.startswith(f"{name}=")), None)
-        if value is None and name in given[:-1]:
-            value = given[given.index(name) + 1]
-        if value is not None and repr(value) not in text:
-            text = f"{text.rstrip('.')}, not {value!r}"
+        values = [v.partition("=")[2] for v in given if v.startswith(f"{name}=")]
+        values += [value for option, value in pairwise(given) if option == name]
+        if values and not any(repr(v) in text for v in values):
+            text = f"{text.rstrip('.')}, not {values[-1]!r}"
     context = getattr(error, "ctx", None)
     return f"{text} (see `{context.command_path if context else 'vesalius'} --help`)"
 

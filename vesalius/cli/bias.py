@@ -153,7 +153,7 @@ def _tests(text: str | None, known: dict[str, Any], own: bool, wanted: bool) -> 
 def _window(text: str) -> dict[str, Any]:
     if text == "infinite":
         return {"context": "infinite"}
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise VesaliusError(f"--window {text}: write a number of tokens from 1 on, or infinite")
     return {"context": "window", "window": int(text)}
 

@@ -114,6 +114,7 @@ def show(
 ) -> None:
     """Which codes are used, on which words; or, for a pattern, which code means it (precision and recall)."""
     from vesalius.features.codebooks import Codebooks, chosen, fit, pattern_labels, texts_of
+    from vesalius.features.codebooks.books import identity
     from vesalius.features.codebooks.reading import commonest
     from vesalius.features.dictionaries import corpus_rows, place_name, prompt_rows
     from vesalius.report import codebook_report
@@ -136,6 +137,7 @@ def show(
         "command": "codebook-show",
         "model": model.name,
         "model_fingerprint": model.fingerprint,
+        "codebooks": identity(folder),
         "place": place,
         "group": group,
         "codes": code or [],
@@ -195,6 +197,7 @@ def steer(
     from contextlib import ExitStack
 
     from vesalius.features.codebooks import Codebooks
+    from vesalius.features.codebooks.books import identity
     from vesalius.features.dictionaries import prompt_rows
     from vesalius.features.dictionaries.using import written
     from vesalius.report import codebook_report
@@ -207,11 +210,13 @@ def steer(
     by_place: dict[str, dict[int, int]] = {}
     for place, group, number in wanted:
         books.book(place)
-        by_place.setdefault(place, {})[group] = number
+        if by_place.setdefault(place, {}).setdefault(group, number) != number:
+            raise VesaliusError(f"two codes cannot be forced at once at {place}, group {group}; give one of them")
     request = {
         "command": "codebook-steer",
         "model": model.name,
         "model_fingerprint": model.fingerprint,
+        "codebooks": identity(folder),
         "prompt": prompt,
         "codes": code,
         "how": how,
@@ -246,7 +251,7 @@ def steer(
 
 def _code(text: str) -> tuple[str, int, int]:
     parts = text.split(":")
-    if len(parts) not in (2, 3) or not all(p.strip().isdigit() for p in parts[1:]):
+    if len(parts) not in (2, 3) or not all(p.strip().isdecimal() for p in parts[1:]):
         raise VesaliusError(f"'{text}' names no code; give PLACE:CODE as L3.MLP:17, or PLACE:HEAD:CODE as L3.z:0:17")
     return parts[0].strip(), int(parts[1]) if len(parts) == 3 else 0, int(parts[-1])
 

@@ -206,7 +206,7 @@ def convert(text: str, default: Any, name: str) -> Any:
     except (ValueError, KeyError):
         raise VesaliusError(f"{name}={text!r} is not a value of type {type(default).__name__}") from None
     if default is None:
-        return int(text) if text.lstrip("-").isdigit() else text
+        return int(text) if text.removeprefix("-").isdecimal() else text
     return text
 
 

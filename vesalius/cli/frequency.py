@@ -69,7 +69,7 @@ def frequency(
 
     screen = Screen(as_json)
     set_threads(threads)
-    chosen = {"all": list(CONDITIONS), "none": []}.get(controls, o.listed(controls))
+    chosen = {"all": list(CONDITIONS), "none": []}.get(controls, list(dict.fromkeys(o.listed(controls))))
     for name in chosen:
         if name not in CONDITIONS:
             raise UnknownName("control", name, CONDITIONS)

@@ -6,7 +6,6 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
@@ -138,11 +137,10 @@ class _Asked(NamedTuple):
 
 def _read(what: str, tokens: int) -> Iterator[str]:
     """Texts of a file or corpus; more than the tokens asked for are not read."""
-    from vesalius.corpus import documents, read
+    from vesalius.corpus import documents
 
-    source = read(what) if Path(what).expanduser().exists() else documents(what)
     seen = 0
-    for document in source:
+    for document in documents(what):
         yield document.text[: 12 * tokens]
         seen += len(document.text)
         if seen > 12 * tokens:  # characters; no tokenizer of words needs twelve a token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -105,6 +106,8 @@ def train(
     )
     site = parse_place(at)
     texts = [] if prompts is None else _lines(prompts)
+    if prompts is not None and not texts:
+        raise VesaliusError(f"{prompts} holds no prompts; write one a line")
     names = o.listed(corpus) if corpus or texts else ["foldoc"]
     opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
     width_of(opened, site)
@@ -148,6 +151,8 @@ def show(
 
     screen = Screen(as_json)
     set_threads(threads)
+    if text and corpus:
+        raise VesaliusError("--text and --corpus both say what is read; give one of them")
     opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
     folder = folder_of(sae)
     found = SAE.load(folder, opened, force=force)
@@ -247,6 +252,9 @@ def use(
     given = {n: v for n, v in (("set", to), ("add", add), ("scale", scale)) if v is not None}
     if len(given) > 1:
         raise VesaliusError(f"{' and '.join('--' + n for n in given)} contradict each other; give one of them")
+    for name, number in given.items():
+        if not math.isfinite(number):
+            raise VesaliusError(f"--{name} {number:g} is nothing a feature can be changed by; give a finite number")
     if bool(given) != bool(feature):
         raise VesaliusError("a change needs both: --feature NUMBER, and one of --set, --add or --scale")
     if not given and not no_error:
@@ -311,11 +319,13 @@ def folder_of(name: str) -> Path:
 
 
 def identity(folder: Path) -> str:
-    """What identifies an SAE's weights."""
-    from vesalius.features.dictionaries.sae import WEIGHTS
+    """What identifies an SAE: a short sha256 of its weights and of its config, which decides what they mean."""
+    import hashlib
+
+    from vesalius.features.dictionaries.sae import CONFIG, WEIGHTS
     from vesalius.records import sha256
 
-    return sha256(folder / WEIGHTS)[:16]
+    return hashlib.sha256((sha256(folder / WEIGHTS) + sha256(folder / CONFIG)).encode()).hexdigest()[:16]
 
 
 def drawn(density: Any, seed: int, n: int = 12) -> list[int]:
@@ -339,7 +349,7 @@ def quality_table(q: dict[str, Any]) -> pd.DataFrame:
 
 def _own(sae: Any) -> list[str]:
     """The corpora an SAE of ours was trained on; the held-out documents are the same there."""
-    from vesalius.corpus import catalogue
+    from vesalius.corpus.sources import catalogue
 
     names = o.listed(str(sae.metadata.get("dataset_path") or "")) if sae.metadata.get("vesalius_recipe") else []
     return names if names and all(n in catalogue() or Path(n).exists() for n in names) else []
@@ -347,7 +357,7 @@ def _own(sae: Any) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise VesaliusError(f"{path} cannot be read as text: {error}") from None
 

@@ -88,16 +88,18 @@ def tune(
     opened: Any = o.opened(screen, model, dtype, device, None, trust_remote_code)
     if opened.kind != "causal":
         raise VesaliusError(f"{opened.name} is {opened.kind}; parts are tuned in causal language models")
+    longest = int(getattr(opened.hf.config, "max_position_embeddings", 0) or TOKENS)
+    text = None if corpus == "none" else plain_text(opened, corpus, TEXTS, min(TOKENS, longest))
     request = {
         "command": "tune", "model": opened.name, "fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
         "task": task, "task_fingerprint": made.fingerprint, "share": share, "mlps": mlps, "draws": draws,
-        "train": train, "steps": steps, "rows": rows, "lr": lr, "corpus": corpus, "also": names, "seed": seed,
+        "train": train, "steps": steps, "rows": rows, "lr": lr, "corpus": corpus,
+        "text": None if text is None else text.tolist(), "also": names, "seed": seed,
     }  # fmt: skip
     command = "vesalius " + shlex.join(sys.argv[1:])
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             prompts = split(made.pairs(opened), seed)
-            text = None if corpus == "none" else plain_text(opened, corpus, TEXTS, TOKENS)
             controls = {x: vesalius.task(x, n=32, seed=seed).pairs(opened, require_single=True) for x in names}
             _work(screen, run, opened, prompts, text, controls, plan, request | {"memory": memory}, command)
     tuning_report(run)

@@ -18,12 +18,18 @@ def plain_text(model: Model, corpus: str = "foldoc", rows: int = 16, length: int
         rows, length: how many, and tokens of each. skip: long enough documents to pass over first (held-out text).
 
     Raises:
-        ModelError: without a tokenizer. VesaliusError: if so many long enough documents are not there.
+        ModelError: without a tokenizer. VesaliusError: if so many long enough documents are not there, or the model reads
+            no text of that length.
     """
     from vesalius.corpus import documents
 
     if model.tokenizer is None:
         raise ModelError(f"{model.name} was opened without a tokenizer, so no text can be read; open it with one")
+    most = int(getattr(model.hf.config, "max_position_embeddings", 0) or 0)
+    if most and length > most:
+        raise VesaliusError(
+            f"texts of {length} tokens are longer than {model.name} reads ({most}); give a lower length"
+        )
     encoder, passed = Encoder(model.tokenizer), 0
     found: list[tuple[int, ...]] = []
     for document in documents(corpus):

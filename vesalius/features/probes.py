@@ -177,7 +177,7 @@ def _enough(labels: list[str], balance: bool, folds: int, rng: np.random.Generat
     if counts[rare] < least:
         raise VesaliusError(
             f"{counts[rare]} examples of '{names[rare]}'; a probe needs {least} or more of each label (there are "
-            f"{', '.join(f'{c} of {n!r}' for n, c in zip(names, counts, strict=True))})"
+            f"{', '.join(f'{c} of {str(n)!r}' for n, c in zip(names, counts, strict=True))})"
         )
     if balance:
         drawn = [rng.permutation(np.flatnonzero(np.asarray(labels) == n))[: counts.min()] for n in names]

@@ -11,6 +11,7 @@ with `model.hf.generate`:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,8 @@ class AxisGuard(LogitsProcessor):
         axis.check(judge)
         if top_k < 1:
             raise VesaliusError(f"top_k {top_k} leaves no candidate; give 1 or more")
+        if math.isnan(threshold):
+            raise VesaliusError("threshold nan is no score; give a number, such as 0")
         self.axis, self.judge, self.tokenizer = axis, judge, tokenizer
         self.threshold, self.top_k, self.scope, self.draw = threshold, top_k, scope, draw
         self.candidates = self.dropped = self.rescued = 0
@@ -145,6 +148,8 @@ def pushed(model: Model, axis: Axis, strength: float = 1.0, layer: int | None = 
         VesaliusError: if the axis is of another model, or was not read from the residual stream of a block.
     """
     axis.check(model)
+    if not math.isfinite(strength):
+        raise VesaliusError(f"a push of {strength:g} leaves no state to go on from; give a number, such as 2 or -2")
     if axis.reading.site != "resid_post" or axis.reading.pool in ("table", "sentence"):
         raise VesaliusError(
             f"an axis read at '{axis.reading}' is not a direction of a block's residual stream; find it with mean@LAYER"

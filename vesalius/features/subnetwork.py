@@ -12,6 +12,7 @@ While it runs a checkpoint is kept every few minutes (RUN/steps); they go when i
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -95,7 +96,7 @@ class MaskRecipe:
         for name, low in (("steps", 1), ("rows", 1), ("length", 2), ("top", 1), ("check", 1), ("controls", 1)):
             if getattr(self, name) < low:
                 raise VesaliusError(f"masks cannot be learnt with {name} {getattr(self, name)}; give {low} or more")
-        if not self.lr > 0 or not self.last_beta >= 1 or not self.strength >= 0:
+        if not 0 < self.lr < math.inf or not 1 <= self.last_beta < math.inf or not 0 <= self.strength < math.inf:
             raise VesaliusError(
                 f"lr {self.lr:g}, strength {self.strength:g}, last_beta {self.last_beta:g}: give an lr above 0, a "
                 "strength of 0 or more, and a beta of 1 or more"

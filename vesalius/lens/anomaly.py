@@ -240,11 +240,13 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        lines = path.read_text("utf-8").splitlines()
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise VesaliusError(
             f"prompts cannot be read from {path}: {getattr(error, 'strerror', None) or error}"
         ) from None
+    # JSON texts may hold the other separators that splitlines() knows.
+    lines = text.split("\n") if path.suffix == ".jsonl" else text.splitlines()
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -257,7 +259,7 @@ def read_prompts(path: str | Path) -> list[str]:
 def _prompt(line: str, path: Path, number: int) -> str:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise VesaliusError(f"{path}, line {number} is not JSON") from None
     text = value.get("text", value.get("prompt")) if isinstance(value, Mapping) else value
     if not isinstance(text, str) or not text.strip():

@@ -95,8 +95,8 @@ def sample_states(model: Model, ids: Tensor, layer: int, *, skip: int | None = N
     if model.kind == "encoder-decoder":
         raise VesaliusError(f"{model.name} is encoder-decoder; a causal basis is extracted from models of one stack")
     if layer not in layers(model)[:-1]:
-        last = layer_name(model.n_layers - 2)
-        raise VesaliusError(f"layer {layer} has no causal basis: layers are the embedding (-1) and L0 to {last}")
+        blocks = f" and L0 to {layer_name(model.n_layers - 2)}" if model.n_layers > 1 else " alone"
+        raise VesaliusError(f"layer {layer} has no causal basis: layers are the embedding (-1){blocks}")
     skip = (1 if model.kind == "causal" else 0) if skip is None else skip
     at = torch.ones_like(ids, dtype=torch.bool)
     at[:, :skip] = False

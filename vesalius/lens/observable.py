@@ -109,7 +109,7 @@ class Observable:
 
 def _token(item: str, model: Model, notes: list[str]) -> int:
     size = unembedding_size(model)
-    if item.startswith("#") and item[1:].isdigit():
+    if item.startswith("#") and item[1:].isdecimal():
         if int(item[1:]) >= size:
             raise VesaliusError(f"{item} is no token of {model.name}; its vocabulary ends at #{size - 1}")
         return int(item[1:])

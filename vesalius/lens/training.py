@@ -12,6 +12,7 @@ kept beside (RUN/start, RUN/steps); they go when the run is done.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -101,7 +102,7 @@ class LensRecipe:
         if not 0 < self.held_out < 1:
             raise VesaliusError(f"held_out is {self.held_out:g}; give a share of the documents between 0 and 1")
         OPTIMIZERS.entry(self.optimizer)
-        if not self.lr > 0 or self.weight_decay < 0:
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise VesaliusError(f"lr {self.lr:g} and weight_decay {self.weight_decay:g}: give numbers above 0")
 
     @property

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vesalius.checkpoints import load_tensors, save_tensors
+from vesalius.checkpoints import load_finite, save_tensors
 from vesalius.errors import RunError, VesaliusError
 from vesalius.lens.base import EMBEDDING, layer_name
 from vesalius.model import Model
-from vesalius.records import dump, read_json, sha256, write_atomic
+from vesalius.records import dump, read_json, sha256, typed, why, write_atomic
 from vesalius.run_index import find_run, list_runs
 from vesalius.runs import DEFAULT_ROOT
 
@@ -151,7 +151,9 @@ class TunedLens(nn.Module):
             raise RunError(f"{folder / NOTE} is not of a tuned lens that this version reads; {again}")
         if not (folder / TENSORS).exists() or sha256(folder / TENSORS) != note.get("sha256"):
             raise RunError(f"{folder / TENSORS} is missing or was changed after it was saved; {again}")
-        shape = (int(note["n_layers"]), int(note["d_model"]))
+        sizes = {"n_layers": int, "d_model": int, "rank": int | None, "bias_only": bool}
+        typed(note, folder / NOTE, again, **sizes, model=str, fingerprint=str, ending=str)
+        shape = (note["n_layers"], note["d_model"])
         if shape != (model.n_layers, model.d_model):
             raise VesaliusError(
                 f"the lens in {folder} is for {shape[0]} blocks of width {shape[1]} ({note['model']}), and "
@@ -164,9 +166,11 @@ class TunedLens(nn.Module):
                 f"{model.name} ({model.fingerprint}), which has {same} norm and unembedding; train one for it, or "
                 "read it all the same with --transfer"
             )
-        rank = note.get("rank")
-        lens = cls(*shape, rank=None if rank is None else int(rank), bias_only=bool(note["bias_only"]), note=note)
-        lens.load_state_dict(load_tensors(folder / TENSORS))
+        lens = cls(*shape, rank=note["rank"], bias_only=note["bias_only"], note=note)
+        try:
+            lens.load_state_dict(load_finite(folder / TENSORS, again))
+        except RuntimeError as error:
+            raise RunError(f"{folder / TENSORS} does not fit {NOTE}: {why(error)[:160]}; {again}") from error
         return lens.to(model.device).requires_grad_(False)
 
 

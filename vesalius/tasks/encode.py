@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vesalius.errors import TaskError
 from vesalius.model.pairs import Pairs
+from vesalius.rows import is_text
 from vesalius.tasks.metrics import make_metric
 
 Ids = tuple[int, ...]
@@ -81,6 +82,8 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        if tokenizer is None:
+            raise TaskError("the model has no tokenizer, so no text can be read with it; open it with one")
         self.tokenizer = tokenizer
         self._seen: dict[str, Ids] = {}
         self.prefix, self.suffix = self._specials()
@@ -99,6 +102,9 @@ class Encoder:
     def prime(self, texts: Iterable[str]) -> None:
         """Tokenises many texts in one call, for `ids` to find."""
         new = [t for t in dict.fromkeys(texts) if t not in self._seen]
+        for text in new:
+            if not is_text(text):
+                raise TaskError(f"{text!a} holds half a character (\\ud800 to \\udfff alone); write it whole")
         if new:
             found = self.tokenizer(new, add_special_tokens=False)["input_ids"]
             self._seen.update((t, tuple(f)) for t, f in zip(new, found, strict=True))

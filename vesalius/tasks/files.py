@@ -9,14 +9,13 @@ exactly as written, spaces included. JSONL rows may also have `group` (text), `o
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vesalius.errors import TaskError, UnknownName
+from vesalius.rows import csv_rows, is_text, jsonl_rows
 from vesalius.tasks.base import UserRows
 from vesalius.tasks.encode import Example
 
@@ -73,59 +72,16 @@ def _missing(path: Path) -> str:
 
 
 def _jsonl(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    # Split at line feeds alone: JSON texts may hold the other separators that splitlines() knows.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path.name} line {number}"
-        try:
-            row = json.loads(line, object_pairs_hook=lambda pairs: _object(pairs, where))  # noqa: B023  # called here
-        except json.JSONDecodeError as error:
-            raise TaskError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}); write one whole object on each line"
-            ) from None
-        except (ValueError, RecursionError):  # a number of thousands of digits, brackets in thousands of brackets
-            raise TaskError(f'{where}: not a row of prompts; write {{"clean": ..., ...}}') from None
-        if not isinstance(row, dict):
-            raise TaskError(f'{where}: a {_name(row)} where an object is needed; write {{"clean": ..., ...}}')
-        yield number, row
-
-
-def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise TaskError(f"{where}: the key '{key}' stands there twice; keep one")
-    return dict(pairs)
+    return jsonl_rows(path.name, text, TaskError, '{"clean": ..., ...}')
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
-    header: list[str] | None = None
-    line = 1
-    try:
-        for cells in reader:
-            number, line = line, reader.line_num + 1  # a quoted cell may run over several lines: name the first
-            if not any(c.strip() for c in cells):
-                continue
-            if header is None:
-                header = [c.strip() for c in cells]
-                _check_keys(header, f"{path.name} line {number} (the header)", ".csv")
-                continue
-            if len(cells) != len(header):
-                raise TaskError(
-                    f"{path.name} line {number}: {len(cells)} cells under {len(header)} columns; put texts that "
-                    "hold a comma in double quotes"
-                )
-            row: dict[str, Any] = dict(zip(header, cells, strict=True))
-            yield number, {**row, "answer": row["answer"].split("|"), "wrong": row["wrong"].split("|")}
-    except csv.Error as error:
-        raise TaskError(f"{path.name} line {line}: not CSV ({error}); close quotes, and double those inside") from None
-
-
-def _name(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "text", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "number")
+    rows = csv_rows(path.name, text, TaskError)
+    number, header = next(rows)
+    _check_keys(header, f"{path.name} line {number} (the header)", ".csv")
+    for number, cells in rows:
+        row: dict[str, Any] = dict(zip(header, cells, strict=True))
+        yield number, {**row, "answer": row["answer"].split("|"), "wrong": row["wrong"].split("|")}
 
 
 def _check_keys(keys: list[str], where: str, suffix: str) -> None:
@@ -140,11 +96,6 @@ def _check_keys(keys: list[str], where: str, suffix: str) -> None:
             raise TaskError(f"{where}: no '{key}'; each row needs {', '.join(NEEDED)}")
 
 
-def _is_text(value: str) -> bool:
-    """Whether it can be written down: JSON may escape one half of a surrogate pair."""
-    return not any("\ud800" <= c <= "\udfff" for c in value)
-
-
 def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = row.get(key, [])
     found = [value] if isinstance(value, str) else value
@@ -152,7 +103,7 @@ def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
         raise TaskError(f"{where}: '{key}' must be a text or a list of texts, not {value!r}; write it in double quotes")
     if key == "answer" and not found:
         raise TaskError(f"{where}: 'answer' is an empty list; write at least one right answer")
-    if not all(map(_is_text, found)):
+    if not all(map(is_text, found)):
         raise TaskError(f"{where}: '{key}' holds half a character (\\ud800 to \\udfff alone); write it whole")
     if "" in found:
         raise TaskError(f"{where}: '{key}' holds an empty text; write what should follow the prompt, as ' Paris'")
@@ -165,7 +116,7 @@ def _example(row: Mapping[str, Any], where: str, suffix: str) -> Example:
         value = row.get(key, "")
         if not isinstance(value, str):
             raise TaskError(f"{where}: '{key}' must be a text, not {value!r}; write it in double quotes")
-        if not _is_text(value):
+        if not is_text(value):
             raise TaskError(f"{where}: '{key}' holds half a character (\\ud800 to \\udfff alone); write it whole")
         if key != "group" and not value.strip():
             raise TaskError(f"{where}: '{key}' is empty; write a prompt that ends where the answer begins")

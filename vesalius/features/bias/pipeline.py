@@ -127,6 +127,8 @@ def continuations(model: Model, texts: Sequence[str], tokens: int, seed: int, **
     if tokenizer is None:
         raise VesaliusError(f"{model.name} has no tokenizer; open it with one (tokenizer=)")
     encoded = [list(tokenizer(t)["input_ids"]) for t in texts]
+    if not all(encoded):
+        raise VesaliusError("an empty prompt has nothing to go on from; write at least a word")
     filler = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     length = max(map(len, encoded))
     ids = torch.tensor([[filler] * (length - len(row)) + row for row in encoded], device=model.device)
@@ -169,6 +171,8 @@ def pronoun_preference(
         if len(ids) != 1:
             raise VesaliusError(f"'{word}' is {len(ids)} tokens for this tokenizer; name pronouns of one token")
         pair.append(ids[0])
+    if pair[0] == pair[1] or encoder.tokenizer.unk_token_id in pair:
+        raise VesaliusError(f"{model.name} does not know '{female}' and '{male}'; name pronouns that it knows")
     texts = [t.format(o=o, a=article(o)) for o in occupations for t in templates]
     found = []
     for begin in range(0, len(texts), 64):
@@ -202,7 +206,7 @@ def labour_statistics(path: Path | str) -> dict[str, float]:
     Raises:
         VesaliusError: for a file that cannot be used.
     """
-    shares = {}
+    shares: dict[str, float] = {}
     for row in rows(Path(path), ["occupation", "share_female"]):
         try:
             share = float(row["share_female"])
@@ -210,7 +214,9 @@ def labour_statistics(path: Path | str) -> dict[str, float]:
             share = float("nan")
         if not np.isfinite(share):
             raise VesaliusError(f"{row['where']}: share_female {row['share_female']!r} is not a number")
-        shares[str(row["occupation"]).strip().lower()] = share
+        name = str(row["occupation"]).strip().lower()
+        if shares.setdefault(name, share) != share:
+            raise VesaliusError(f"{row['where']}: '{name}' has another share further up; decide for one")
     return shares
 
 

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vesalius.checkpoints import load_tensors, save_tensors
+from vesalius.checkpoints import load_finite, save_tensors
 from vesalius.errors import ModelError, RunError, VesaliusError
 from vesalius.features.codebooks.layer import Codebook, Force
 from vesalius.features.dictionaries.places import first_read, parse_place, place_name, width_of
 from vesalius.model import Model, Site
 from vesalius.model.hooks import Hooks, Tap
 from vesalius.model.saving import save_model
-from vesalius.records import dump, read_json, sha256, write_atomic
+from vesalius.records import dump, read_json, sha256, typed, write_atomic
 
 TENSORS, NOTE, MODEL = "codebooks.safetensors", "codebooks.json", "model"
 FORMAT = 1
@@ -139,12 +139,13 @@ class Codebooks(nn.Module):
         note = read_json(folder / NOTE, again)
         if note.get("format") != FORMAT:
             raise RunError(f"{folder / NOTE} is not of a kind that this version reads; {again}")
+        typed(note, folder / NOTE, again, places=list, size=int, k=int, model=str)
         if note.get("weights") != weights_hash(folder / MODEL):
             raise RunError(f"the codebooks in {folder} are of another model than the one beside them; {again}")
-        model = replace(open_model(str(folder / MODEL), **options), name=str(note["model"]))
-        books = cls(model, note["places"], int(note["size"]), int(note["k"]))
+        model = replace(open_model(str(folder / MODEL), **options), name=note["model"])
         try:
-            books.load_state_dict(load_tensors(folder / TENSORS))
+            books = cls(model, [str(p) for p in note["places"]], note["size"], note["k"])
+            books.load_state_dict(load_finite(folder / TENSORS, again))
         except RuntimeError as error:
             raise RunError(f"{folder / TENSORS} does not fit {NOTE}: {' '.join(str(error).split())[:160]}") from error
         return model, books.to(model.device).eval().requires_grad_(False)
@@ -167,6 +168,11 @@ def sites_of(model: Model, places: Sequence[str]) -> list[Site]:
             "no place is named for codebooks; give z, MLP, attn or resid_post, or addresses such as L3.MLP"
         )
     return list(dict.fromkeys(found))
+
+
+def identity(folder: Path) -> str:
+    """What identifies saved codebooks: a short sha256 of the codes, and of what is said of them."""
+    return hashlib.sha256((sha256(folder / TENSORS) + sha256(folder / NOTE)).encode()).hexdigest()[:16]
 
 
 def weights_hash(folder: Path) -> str:

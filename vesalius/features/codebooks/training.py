@@ -13,6 +13,7 @@ put in (no training), and fine-tuned as long without codes if that is asked for 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class CodebookRecipe:
         for name in ("size", "k", "rows", "length", "start_tokens", "check_batches"):
             if getattr(self, name) < 1:
                 raise VesaliusError(f"codebooks cannot be trained with {name} {getattr(self, name)}; give 1 or more")
-        if self.steps < 0 or not self.lr > 0 or self.weight < 0:
+        if self.steps < 0 or not 0 < self.lr < math.inf or not 0 <= self.weight < math.inf:
             raise VesaliusError(f"steps {self.steps}, lr {self.lr:g}, weight {self.weight:g}: no negative numbers")
 
 
@@ -194,6 +195,9 @@ def data_of(
         return made[0], made[1]
     if model.tokenizer is None:
         raise VesaliusError(f"{model.name} has no tokenizer, so no text can be read with it")
+    longest = int(getattr(model.hf.config, "max_position_embeddings", 0) or 0)
+    if longest and recipe.length > longest:
+        raise VesaliusError(f"rows of {recipe.length} tokens are longer than {model.name} reads ({longest})")
     names = [str(source)] if isinstance(source, (str, Path)) else [str(s) for s in source]
     store = store_of(names, model.tokenizer, lambda text: tell(text, None))
     needed = max(recipe.steps * recipe.rows * recipe.length, 2 * recipe.size)

@@ -24,6 +24,7 @@ default, both prompts can be solved, and only what differs between them is found
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -202,6 +203,8 @@ def codes_of(
     seed: int = 0,
 ) -> Codes:
     """Codes from vectors (example, head, d) of positives and negatives."""
+    if not 0 <= l1 < math.inf:
+        raise VesaliusError(f"l1 {l1:g} is no weight of a penalty; give 0 or more")
     n = len(clean)
     h = standardised(torch.cat([clean, corrupted]))  # (example, head, d)
     flat = h.flatten(0, 1)

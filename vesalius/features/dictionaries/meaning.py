@@ -127,4 +127,5 @@ def _extremes(model: Model, effects: Tensor, shown: int) -> tuple[list[tuple[str
     def named(order: Tensor) -> list[tuple[str, float]]:
         return list(zip(words_of(model, order.tolist()), effects[order].tolist(), strict=True))
 
+    shown = min(shown, len(effects))
     return named(effects.topk(shown).indices), named((-effects).topk(shown).indices)

@@ -27,6 +27,7 @@ from vesalius.model import Model, Site
 from vesalius.train.assembly import store_of
 
 Tell = Callable[[str, float | None], None]
+LENGTH = 128  # tokens in a row of text
 BATCH_TOKENS = 2048  # in one pass
 KEPT = 2.0**30  # bytes of a GiB
 
@@ -87,7 +88,7 @@ def corpus_rows(
     tokens: int,
     *,
     held_out_tokens: int,
-    length: int = 128,
+    length: int | None = None,
     held_out: float = 0.05,
     seed: int = 0,
     tell: Tell = silent,
@@ -97,7 +98,7 @@ def corpus_rows(
     Args:
         corpora: names (`vesalius corpora`), files or folders.
         tokens: to train on, at least (rows are whole). held_out_tokens: to judge by, as many of them as there are.
-        length: tokens in a row. held_out: share of the documents.
+        length: tokens in a row; 128, or as many as the model reads, if None. held_out: share of the documents.
 
     Raises:
         CorpusError: if the corpora have fewer tokens, saying how many are needed.
@@ -106,6 +107,7 @@ def corpus_rows(
         raise VesaliusError(f"{model.name} has no tokenizer, so no text can be read with it")
     skip = first_read(model)
     longest = int(getattr(model.hf.config, "max_position_embeddings", 0) or 0)
+    length = min(LENGTH, longest or LENGTH) if length is None else length
     if length <= skip or (longest and length > longest):
         raise VesaliusError(f"rows of {length} tokens: {model.name} reads {skip + 1} to {longest or 'any number'}")
     names = [str(c) for c in corpora]

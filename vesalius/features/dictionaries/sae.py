@@ -24,11 +24,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from vesalius.checkpoints import load_tensors, save_tensors
+from vesalius.checkpoints import load_finite, save_tensors
 from vesalius.errors import PartError, RunError, UnknownName, VesaliusError
 from vesalius.features.dictionaries.places import first_read, hook_name, parse_place, place_name, width_of
 from vesalius.model import Model, Site
-from vesalius.records import dump, read_json, write_atomic
+from vesalius.records import dump, read_json, typed, write_atomic
 
 Architecture = Literal["standard", "topk", "jumprelu", "gated"]
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -76,6 +76,8 @@ class SAE(nn.Module):
             raise VesaliusError(
                 f"an SAE of architecture {architecture} has {', '.join(names)}; {lacking[0]} is missing"
             )
+        if tensors["W_enc"].dim() != 2:
+            raise VesaliusError(f"W_enc of the SAE is {tuple(tensors['W_enc'].shape)}, and no matrix")
         self.d_in, self.d_sae = (int(n) for n in tensors["W_enc"].shape)
         shapes = {"W_enc": (self.d_in, self.d_sae), "W_dec": (self.d_sae, self.d_in), "b_dec": (self.d_in,)}
         for name in names:
@@ -239,8 +241,10 @@ class SAE(nn.Module):
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).exists():
                 raise RunError(f"there is no SAE in {folder} (no {name}); name a folder that `vesalius sae train` left")
-        config = read_json(folder / CONFIG, "it is not what SAELens or `vesalius sae train` writes")
-        made = _from_config(config, load_tensors(folder / WEIGHTS), folder)
+        remedy = "it is not what SAELens or `vesalius sae train` writes"
+        config = read_json(folder / CONFIG, remedy)
+        typed({"k": None, "metadata": None} | config, folder / CONFIG, remedy, k=int | None, metadata=dict | None)
+        made = _from_config(config, load_finite(folder / WEIGHTS, remedy), folder)
         if model is not None:
             made.check(model, force)
             made.to(model.device)

@@ -9,6 +9,7 @@ the dictionary was not trained on are left as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, get_args
@@ -36,6 +37,9 @@ def changing(sae: SAE, values: Mapping[int, float], op: Op = "set") -> Change:
         raise UnknownName("change of a feature", op, get_args(Op))
     if not values:
         raise VesaliusError("no feature is named that shall be changed")
+    for value in values.values():
+        if not math.isfinite(value):
+            raise VesaliusError(f"a feature cannot be changed by {value:g}; give a number")
     numbers = torch.tensor([sae.feature(n) for n in values])
     amounts = torch.tensor([float(v) for v in values.values()])
 

@@ -19,6 +19,7 @@ goes through the project's one trainer, so a run that was killed goes on and end
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ class SAERecipe:
                 raise VesaliusError(f"an SAE cannot be trained with {name} {getattr(self, name)}; give 1 or more")
         if not 0 < self.held_out < 1:
             raise VesaliusError(f"held_out is {self.held_out:g}; give a share of the documents between 0 and 1")
-        if not self.lr > 0 or not self.l1 >= 0 or self.resample < 0:
+        if not 0 < self.lr < math.inf or not 0 <= self.l1 < math.inf or self.resample < 0:
             raise VesaliusError(
                 f"lr {self.lr:g}, l1 {self.l1:g}, resample {self.resample}: no negative numbers, lr above 0"
             )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
+from vesalius.errors import VesaliusError
 from vesalius.features.dictionaries.places import read
 from vesalius.features.dictionaries.reading import prompt_rows, words_of
 from vesalius.features.dictionaries.sae import SAE
@@ -78,7 +79,17 @@ def _next(model: Model, ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, s
 
 
 def written(model: Model, ids: torch.Tensor, tokens: int) -> str:
-    """What a model writes, the likeliest token each time; ids (1, pos)."""
+    """What a model writes, the likeliest token each time; ids (1, pos).
+
+    Raises:
+        VesaliusError: if prompt and text are longer than the model reads.
+    """
+    most = int(getattr(model.hf.config, "max_position_embeddings", 0) or 0)
+    if most and ids.shape[1] + tokens > most:
+        raise VesaliusError(
+            f"{tokens} tokens after a prompt of {ids.shape[1]} are more than {model.name} reads ({most}); lower "
+            "--tokens, or shorten the prompt"
+        )
     generate: Any = model.hf.generate
     pad = model.tokenizer.pad_token_id if model.tokenizer is not None else None
     made = generate(
@@ -91,6 +102,7 @@ def written(model: Model, ids: torch.Tensor, tokens: int) -> str:
 
 def _active(model: Model, features: torch.Tensor, ids: list[int], skip: int) -> pd.DataFrame:
     """Features that are on, those of the last token first."""
+    skip = min(skip, len(ids) - 1)  # of a prompt of one token, that one is shown
     largest, where = features[skip:].max(0)
     last = features[-1]
     order = (last + 1e-6 * largest).topk(min(LISTED, features.shape[1])).indices

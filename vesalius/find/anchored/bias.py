@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from vesalius.errors import ModelError, VesaliusError
+from vesalius.errors import ModelError, TaskError, VesaliusError
 from vesalius.find.anchored.questions import LETTERS, Choice
 from vesalius.model import Model
 from vesalius.model.hooks import Site, Tap
@@ -102,6 +102,9 @@ def rows_of(model: Model, prompts: Sequence[str]) -> Rows:
     encoder = encoder_of(model)
     found = [(*encoder.prefix, *encoder.ids(p)) for p in prompts]
     width = max(map(len, found))
+    most = int(getattr(model.hf.config, "max_position_embeddings", 0) or 0)
+    if most and width > most:
+        raise TaskError(f"a question has {width} tokens, and {model.name} reads at most {most}; shorten it")
     pad = getattr(model.tokenizer, "pad_token_id", None) or 0
     ids = torch.tensor([[pad] * (width - len(f)) + list(f) for f in found])
     mask = torch.tensor([[0] * (width - len(f)) + [1] * len(f) for f in found])

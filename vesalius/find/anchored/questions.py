@@ -13,13 +13,14 @@ arXiv 2405.03205.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vesalius.errors import TaskError, UnknownName
+from vesalius.rows import is_text, jsonl_rows
 from vesalius.tasks.facts import relations
 from vesalius.tasks.words import lines
 
@@ -124,22 +125,25 @@ def _capitals(rng: random.Random, choices: int) -> list[Choice]:
     ]
 
 
+FORM = '{"question", "options", "answer"}'
+
+
 def read(path: Path | str) -> list[Choice]:
     """A user's questions: .jsonl lines {"question", "options", "answer"}; the answer is a letter or an option."""
     path, found = Path(path), []
     try:
-        rows = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} cannot be read: {error}") from None
-    for number, line in enumerate(rows, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            options, answer = tuple(map(str, row["options"])), str(row["answer"])
-            question = str(row["question"])
-        except (ValueError, KeyError, TypeError):
-            raise TaskError(f'{path} line {number} is no {{"question", "options", "answer"}}') from None
+    for number, row in jsonl_rows(str(path), text, TaskError, FORM):
+        given: Any = row.get("options")
+        texts: list[Any] = [row.get("question"), row.get("answer"), *given] if isinstance(given, list) else []
+        if not texts or not all(isinstance(t, str) and t.strip() and is_text(t) for t in texts):
+            raise TaskError(f"{path} line {number} is no {FORM}: a text, texts, and one of them or its letter")
+        question, answer, *given = texts
+        options = tuple(given)
+        if len(set(options)) < len(options):
+            raise TaskError(f"{path} line {number} offers an option twice; give different ones")
         if not 2 <= len(options) <= len(LETTERS):
             raise TaskError(f"{path} line {number} has {len(options)} options; 2 to {len(LETTERS)} can be asked")
         right = options.index(answer) if answer in options else LETTERS.find(answer) if len(answer) == 1 else -1

@@ -93,6 +93,9 @@ for _place, (_name, _target, _summary, _paper, _info) in enumerate(_OWN):
     DETECTORS.add(_name, f"vesalius.find.detectors.{_target}", _summary, _paper, place=_place, **_info)
 
 
+SIZES = ("rows", "length", "needles", "tokens", "top")  # parameters that say how much is looked at
+
+
 @dataclass(frozen=True)
 class HeadContext(Context):
     """What every detector is given beside its parameters.
@@ -274,6 +277,8 @@ def detect(
         for key in values:
             if key not in known:
                 raise UnknownName(f"parameter of {name}", key, known)
+            if key in SIZES and not values[key] > 0:
+                raise VesaliusError(f"{name}.{key} is {values[key]}; give a number above 0")
     everything = detectors in ("all", ["all"])
     context = HeadContext(seed=seed, memory_gb=memory_gb, task=task)
     scores, skipped = {}, {}

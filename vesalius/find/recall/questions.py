@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import random
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from vesalius.errors import ModelError, TaskError, UnknownName, VesaliusError
 from vesalius.find.recall.regression import NEEDED
 from vesalius.model import Model, Pairs
 from vesalius.model.sweep import BATCH, read_logits
+from vesalius.rows import csv_rows
 from vesalius.tasks.encode import Encoder, Example, encode, problem
 from vesalius.tasks.facts import Relation, examples, relation_of, relations
 from vesalius.tasks.metrics import accuracy
@@ -112,14 +112,20 @@ def facts_file(path: Path | str) -> Relation:
     """A relation of the user's: a .csv file with columns `topic` and `answer`."""
     path = Path(path)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            lacking = {"topic", "answer"} - set(reader.fieldnames or ())
-            if lacking:
-                raise TaskError(f"{path} lacks column {' and '.join(sorted(lacking))}; its head must be topic,answer")
-            rows = {r["topic"].strip(): r["answer"].strip() for r in reader if r["topic"] and r["answer"]}
+        lines = csv_rows(path.name, path.read_text("utf-8-sig"), TaskError)
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} cannot be read as a .csv file: {error}") from None
+    header = next(lines, (0, []))[1]
+    if lacking := {"topic", "answer"} - set(header):
+        raise TaskError(f"{path} lacks column {' and '.join(sorted(lacking))}; its head must be topic,answer")
+    rows: dict[str, str] = {}
+    for number, cells in lines:
+        row = dict(zip(header, cells, strict=True))
+        topic, answer = row["topic"].strip(), row["answer"].strip()
+        if not (topic and answer):
+            raise TaskError(f"{path.name} line {number}: no {'answer' if topic else 'topic'}; give both")
+        if rows.setdefault(topic, answer) != answer:
+            raise TaskError(f"{path.name} line {number}: '{topic}' has another answer further up; decide for one")
     if not rows:
         raise TaskError(f"{path} holds no facts; write one a line, such as France,Paris")
     return Relation(path.stem, rows, ())
