@@ -18,8 +18,8 @@ def plain_text(model: Model, corpus: str = "foldoc", rows: int = 16, length: int
         rows, length: how many, and tokens of each. skip: long enough documents to pass over first (held-out text).
 
     Raises:
-        ModelError: without a tokenizer. VesaliusError: if so many long enough documents are not there, or the model reads
-            no text of that length.
+        ModelError: without a tokenizer. VesaliusError: if so many long enough documents are not there, or the model
+            reads no text of that length.
     """
     from vesalius.corpus import documents
 
