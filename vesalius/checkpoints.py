@@ -14,6 +14,7 @@ state would have to be kept.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ FOLDER = "steps"  # of a run, holds its checkpoints
 MANIFEST = "manifest.json"
 STATE = "trainer/state.safetensors"
 NOTE = "trainer/state.json"
+SHARED = "shared"  # in a file's metadata: which names are second names of a tensor
 _STEP = re.compile(r"step(\d+)")
 
 
@@ -193,9 +195,23 @@ def drop_state(folder: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Tensors as safetensors, in one order whatever order they come in."""
+    """Tensors as safetensors, in one order whatever order they come in; one that has two names is written once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}, path)
+    names: dict[tuple[Any, ...], str] = {}
+    stores: set[int] = set()
+    alone: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape) if tensor.numel() else (name,)
+        first = names.setdefault(place, name)
+        if first != name:
+            shared[name] = first
+            continue
+        store = tensor.untyped_storage().data_ptr()
+        alone[name] = tensor.clone() if store in stores else tensor  # a piece of another tensor
+        stores.add(store)
+    save_file(alone, path, metadata={SHARED: json.dumps(shared, sort_keys=True)} if shared else None)
 
 
 def load_finite(path: Path, remedy: str) -> dict[str, Tensor]:
@@ -208,9 +224,11 @@ def load_finite(path: Path, remedy: str) -> dict[str, Tensor]:
 
 
 def load_tensors(path: Path, remedy: str = "resume from another step") -> dict[str, Tensor]:
-    """Tensors of a safetensors file."""
+    """Tensors of a safetensors file; one that has two names in the file of `save_tensors` has them again."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  # not a mapping
-    except (OSError, SafetensorError) as error:
+            found: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  # not a mapping
+            shared = json.loads((file.metadata() or {}).get(SHARED, "{}"))
+            return found | {name: found[first] for name, first in shared.items()}
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({why(error)}); {remedy}") from error

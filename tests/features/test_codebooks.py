@@ -164,6 +164,16 @@ def test_training_lowers_the_loss_and_keeps_an_ordinary_checkpoint(trained: Path
     assert not torch.allclose(coded, model.logits(ids), atol=1e-3) and not (trained / "steps").exists()
 
 
+def test_a_model_with_tied_embeddings_is_trained_and_kept(tmp_path: Path) -> None:
+    """Its one matrix of tokens has two names in what is trained."""
+    model = tiny("gpt2")
+    assert model.hf.lm_head.weight is model.hf.transformer.wte.weight
+    recipe = CodebookRecipe(size=8, k=1, steps=3, rows=4, length=16, every=2, start_tokens=100, check_batches=1)
+    made = train_codebooks(model, ["MLP"], "synthetic:fsm", recipe, out=tmp_path, states=5, edges=2)
+    found, _ = Codebooks.load(made)
+    assert found.hf.lm_head.weight is found.hf.transformer.wte.weight
+
+
 def test_forcing_a_code_acts_while_it_is_forced(trained: Path) -> None:
     model, books = Codebooks.load(trained)
     ids = torch.tensor([[10, 0, 3, 0, 1]])
