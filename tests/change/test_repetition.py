@@ -11,7 +11,8 @@ import torch
 from families import VOCAB, some_ids, tiny
 
 from vesalius.build.planted import planted
-from vesalius.change.repetition import DittoPlan, Repeated, break_loops, has_loop, reinforcement, trained
+from vesalius.change.learning import TextRows, learn
+from vesalius.change.repetition import DittoPlan, Repeated, break_loops, has_loop, reinforcement
 from vesalius.corpus.batches import Batch
 from vesalius.errors import VesaliusError
 from vesalius.model import Model
@@ -81,7 +82,7 @@ def test_an_induction_model_reinforces_itself_until_it_is_trained_not_to() -> No
     text = torch.from_numpy(drawn.integers(8, 31, (32, 31)))
     model.hf.requires_grad_(True)
     made = make_objective("ditto", Needs(31, {}, "causal"), ends=ENDS, gamma=0.5, rate=1.0)
-    log = trained(model, text, made, DittoPlan(steps=40, rows=8, lr=1e-3), lambda what, share: None)
+    log = learn(model, TextRows(text, 8, 0, 31), made, steps=40, lr=1e-3)
     after = reinforcement(model, asked, 5)
     assert after["TP"][4] < 0.2 and after["TP"][4] <= after["TP"][1]
     assert log["repeat"].iloc[-1] < log["repeat"].iloc[0] / 3

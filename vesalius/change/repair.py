@@ -15,7 +15,7 @@ final norm never change. `fixed` chooses once, at the first step; `random` draws
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +26,11 @@ from torch import Tensor, nn
 
 from vesalius.change.edit import Edit, recording
 from vesalius.change.faults import Fault, Faults, Repairing, RepairPlan
+from vesalius.change.learning import Tell, learn
 from vesalius.errors import VesaliusError
 from vesalius.model import Model
-from vesalius.train.optimizers import make_optimizer
-from vesalius.train.parallel import World
 from vesalius.train.plugs import Plug
-from vesalius.train.schedules import make_schedule
 from vesalius.train.select import choose
-from vesalius.train.trainer import Trainer, deterministic, is_exact
-
-Tell = Callable[[str, float | None], None]
 
 
 class Choosing(Plug):
@@ -167,24 +162,5 @@ def repair(
         choose(model.hf, only=only)
         plug = Choosing(model, reference, text, plan)
         recorder.touch([n for n, p in model.hf.named_parameters() if p.requires_grad], "a chosen block")
-        trainer = Trainer(
-            model.hf,
-            source,  # type: ignore[arg-type]
-            Repairing(plan, reference),
-            make_optimizer("adamw", model.hf, lr=plan.lr, weight_decay=0.0),
-            make_schedule("linear", plan.steps, warmup=0.1, final=0.0),
-            seed=plan.seed,
-            world=World.single(model.device),
-            plugs=[plug],
-        )
-        rows = []
-        try:
-            with deterministic(is_exact(None, model.device)):
-                for _ in range(plan.steps):
-                    model.hf.eval()  # no dropout, in the choice and in what is chosen
-                    one = trainer.step()
-                    rows.append({"step": one.step, "loss": one.loss, "lr": one.lr, **one.logs})
-                    tell(f"step {one.step + 1} of {plan.steps}: loss {one.loss:.3f}", (one.step + 1) / plan.steps)
-        finally:
-            model.hf.eval().requires_grad_(False)
-    return Repaired(recorder.edit, pd.DataFrame(rows), pd.DataFrame(plug.rows), source.left_out)
+        log = learn(model, source, Repairing(plan, reference), plan.steps, plan.lr, plan.seed, [plug], tell)
+    return Repaired(recorder.edit, log, pd.DataFrame(plug.rows), source.left_out)

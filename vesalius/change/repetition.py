@@ -15,8 +15,8 @@ Xu et al. 2022, "Learning to Break the Loop", arXiv 2206.02369, sec. 2 and 3.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,24 +26,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vesalius.change.edit import Edit, recording
-from vesalius.corpus.batches import Batch
+from vesalius.change.learning import Tell, TextRows, check_steps, learn
 from vesalius.errors import VesaliusError
 from vesalius.evaluate.recite import recite
 from vesalius.model import Model
 from vesalius.model.memory import memory_errors
-from vesalius.records import request_hash
 from vesalius.scores import bootstrap_mean
 from vesalius.train.objectives import make_objective
 from vesalius.train.objectives.ditto import LONGEST, SHORTEST, sentence_ends
 from vesalius.train.objectives.special import needs_for
-from vesalius.train.optimizers import make_optimizer
-from vesalius.train.parallel import World
-from vesalius.train.schedules import make_schedule
 from vesalius.train.select import choose
-from vesalius.train.trainer import Trainer, deterministic, is_exact
 
 _SENTENCE = re.compile(r"[^.!?\n]+(?:[.!?]+|\n|$)")
-Tell = Callable[[str, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -161,30 +155,7 @@ class DittoPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.rows < 1 or not 0 < self.lr < float("inf"):
-            raise VesaliusError(f"steps={self.steps}, rows={self.rows}, lr={self.lr}; give numbers above 0")
-
-
-class TextRows:
-    """Rows of text as a `Source`: each step takes the next ones, round and round in a drawn order."""
-
-    def __init__(self, text: Tensor, rows: int, seed: int, vocab_size: int) -> None:
-        self.text, self.rows, self.seed, self.vocab_size = text.numpy(), rows, seed, vocab_size
-        self.length = text.shape[1] - 1
-        self.fingerprint = request_hash(self.describe())
-
-    def describe(self) -> Mapping[str, Any]:
-        return {"kind": "rows", "text": int(self.text.sum()), "shape": self.text.shape, "rows": self.rows,
-                "seed": self.seed}  # fmt: skip
-
-    def batch(self, step: int) -> Batch:
-        every = len(self.text)
-        places = np.arange(step * self.rows, (step + 1) * self.rows)
-        epochs, within = places // every, places % every
-        orders = {e: np.random.default_rng([self.seed, int(e), *b"rows"]).permutation(every) for e in set(epochs)}
-        chosen = np.array([orders[e][i] for e, i in zip(epochs, within, strict=True)])
-        segments = np.repeat(places[:, None], self.text.shape[1], axis=1)
-        return Batch(step, self.text[chosen].astype(np.int64), segments)
+        check_steps(self.steps, self.rows, self.lr)
 
 
 def break_loops(
@@ -199,39 +170,10 @@ def break_loops(
         The recorded edit, and one row a step: step, loss, lr, repeat (mean probability of repeated tokens).
     """
     settings = {"gamma": plan.gamma, "rate": plan.rate, "kind": plan.kind}
+    made = make_objective("ditto", needs_for(model.hf, model.tokenizer), tokenizer=model.tokenizer, **settings)
+    source = TextRows(text, plan.rows, plan.seed, int(model.hf.config.vocab_size))
     with recording(model, "ditto") as recorder:
         recorder.touch([n for n, _ in model.hf.named_parameters()], "trained against repeats")
         choose(model.hf)
-        log = trained(model, text, make_objective("ditto", needs_for(model.hf, model.tokenizer),
-                                                  tokenizer=model.tokenizer, **settings), plan, tell)  # fmt: skip
+        log = learn(model, source, made, plan.steps, plan.lr, plan.seed, tell=tell)
     return recorder.edit, log
-
-
-def trained(model: Model, text: Tensor, objective: Any, plan: DittoPlan, tell: Tell) -> pd.DataFrame:
-    """Updates of the parameters that are free, on rows of text."""
-    source = TextRows(text, plan.rows, plan.seed, int(model.hf.config.vocab_size))
-    trainer = Trainer(
-        model.hf,
-        source,  # type: ignore[arg-type]
-        objective,
-        make_optimizer("adamw", model.hf, lr=plan.lr, weight_decay=0.0),
-        make_schedule("linear", plan.steps, warmup=0.1, final=0.0),
-        seed=plan.seed,
-        world=World.single(model.device),
-    )
-    rows = []
-    try:
-        with deterministic(is_exact(None, model.device)):
-            for one in trainer.steps(plan.steps):
-                rows.append(
-                    {"step": one.step, "loss": one.loss, "lr": one.lr, "repeat": one.logs.get("repeat", np.nan)}
-                )
-                tell(f"step {one.step + 1} of {plan.steps}: loss {one.loss:.3f}", (one.step + 1) / plan.steps)
-    finally:
-        model.hf.eval().requires_grad_(False)
-    return pd.DataFrame(rows)
-
-
-def told(plan: DittoPlan) -> dict[str, Any]:
-    """The plan, for a record."""
-    return asdict(plan)

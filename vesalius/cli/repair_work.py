@@ -90,7 +90,8 @@ class Work:
 
     def loops(self) -> None:
         """DITTO, beside as much plain language modelling."""
-        from vesalius.change.repetition import break_loops, loops, reinforcement, sentences, trained
+        from vesalius.change.learning import TextRows, learn
+        from vesalius.change.repetition import break_loops, loops, reinforcement, sentences
         from vesalius.corpus import plain_text
         from vesalius.train.objectives import make_objective
         from vesalius.train.objectives.special import needs_for
@@ -112,9 +113,9 @@ class Work:
         with self.run.stage("train text", 1), self.screen.step("training on plain text") as tell:
             state = {k: v.clone() for k, v in model.hf.state_dict().items()}
             choose(model.hf)
-            trained(
-                model, self.text, make_objective("causal-lm", needs_for(model.hf, model.tokenizer)), self.plan, tell
-            )
+            plain = make_objective("causal-lm", needs_for(model.hf, model.tokenizer))
+            source = TextRows(self.text, self.plan.rows, self.plan.seed, int(model.hf.config.vocab_size))
+            learn(model, source, plain, self.plan.steps, self.plan.lr, self.plan.seed, tell=tell)
             judged("plain text")
             control = copy.deepcopy(model.hf)
             model.hf.load_state_dict(state)
