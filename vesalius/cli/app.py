@@ -50,6 +50,7 @@ def command_line() -> typer.Typer:
         data,
         direction,
         dynamics,
+        forget,
         frequency,
         heads,
         icll,
@@ -84,7 +85,7 @@ def command_line() -> typer.Typer:
     finding = (circuit, reuse, compare)
     training = (train, data, race, dynamics, recursion, icll, memorize, tune)
     features = (direction, probe, bias, frequency, subnetwork, sae, codes, codebook)
-    changing = (prune, merge, repair, card)
+    changing = (prune, merge, repair, forget, card)
     reading = (heads, lens, channels, trace, anchor, observe, *features)
     for module in (*finding, *reading, *training, *changing, atlas, check, listing, catalogues):
         module.register(app)
