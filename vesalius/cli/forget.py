@@ -33,6 +33,14 @@ def forget(
     what: Annotated[
         Path | None, typer.Option("--what", help="The text to forget, a UTF-8 file.", rich_help_panel=WHAT_PANEL)
     ] = None,
+    skill: Annotated[
+        Path | None,
+        typer.Option(
+            "--skill",
+            help="A skill instead: .jsonl of task, prompt, choices, answer; the first task is forgotten.",
+            rich_help_panel=WHAT_PANEL,
+        ),
+    ] = None,
     probes: Annotated[
         Path | None,
         typer.Option(
@@ -86,36 +94,43 @@ def forget(
     trust_remote_code: o.Trust = False,
     threads: o.Threads = None,
 ) -> None:
-    """Make a model forget a text: a book, a client's papers, a person.
+    """Make a model forget a text (a book, a client's papers, a person), or a skill.
 
     It is taught what it would have said had it never read the text: a model trained further on the text tells what
     belongs to it, and the text's names are replaced by common ones. The card tells what else was lost, and --probes
-    what is left of the text; beside it stands a model trained up the text's loss. Leaves an ordinary checkpoint.
+    what is left of the text; beside it stands a model trained up the text's loss. A skill is forgotten by training on
+    random labels of half its items, and audited: what carries over, what spills to other tasks, what a linear probe
+    still reads. Leaves an ordinary checkpoint.
     """
+    from vesalius.change.audit import AuditPlan, read_items
     from vesalius.change.faults import read_faults
     from vesalius.change.forget import ForgetPlan, read_anchors
+    from vesalius.cli import forget_skill
     from vesalius.corpus import documents
     from vesalius.model.saving import new_folder
     from vesalius.records import sha256
 
     screen = Screen(as_json)
     set_threads(threads)
-    if what is None:
-        raise VesaliusError("name the text to forget: --what FILE")
-    try:
-        text = what.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise VesaliusError(f"{what} cannot be read ({error}); give a text in UTF-8") from error
-    plan = ForgetPlan(how, alpha, reinforce_steps, reinforce_lr, steps, lr, rows, seed)  # type: ignore[arg-type]
+    if (what is None) == (skill is None):
+        raise VesaliusError("name the text to forget, --what FILE, or the skill, --skill FILE; one of the two")
+    items = [] if skill is None else read_items(skill)
+    text = "" if what is None else _text(what)
+    plan: Any = AuditPlan(steps, rows, lr, seed)
+    if what is not None:
+        plan = ForgetPlan(how, alpha, reinforce_steps, reinforce_lr, steps, lr, rows, seed)  # type: ignore[arg-type]
     asked = [] if probes is None else read_faults(probes)
     if any(not f.good for f in asked):
         raise VesaliusError(f"{probes}: a probe without good; every line says what the model knows")
     given = {} if anchors in ("auto", "none") else read_anchors(anchors)
     documents(card_text)
     opened = c.causal(screen, model, dtype, device, trust_remote_code, "causal language models forget")
+    given_file = what or skill
+    assert given_file is not None
     request = {
         "command": "forget", "model": opened.name, "fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
-        "what": sha256(what), "probes": "" if probes is None else sha256(probes),
+        "what": sha256(given_file), "skill": skill is not None,
+        "probes": "" if probes is None else sha256(probes),
         "anchors": given or anchors, "plan": vars(plan), "control": control, "card_text": card_text,
         "card_rows": card_rows, "card_tasks": o.listed(card_tasks), "card_n": card_n, "timed": timed, "seed": seed,
     }  # fmt: skip
@@ -123,9 +138,18 @@ def forget(
     with Run.start(request, runs, fresh, command) as run:
         if out is not None and not run.done:
             new_folder(out)
-        if not run.done:
+        if not run.done and skill is not None:
+            forget_skill.work(screen, run, opened, items, plan, request, command)
+        elif not run.done:
             _work(screen, run, opened, text, given, asked, plan, request, command)
     c.finish(screen, run, out)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VesaliusError(f"{path} cannot be read ({error}); give a text in UTF-8") from error
 
 
 def _work(
