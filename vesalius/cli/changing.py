@@ -118,9 +118,11 @@ def finish(screen: Screen, run: Run, out: Path | None, tables: Sequence[pd.DataF
     """Delivers the model, draws the report, prints the card."""
     from vesalius.change.keeping import deliver
     from vesalius.report import change_report
+    from vesalius.report.words import amount
 
     folder = deliver(run.folder / "model", out)
     change_report(run)
     card = run.table("card")
     shown = card[["model", "metric", "before", "after", "change", "low", "high"]]
+    shown = shown.assign(**{k: shown[k].map(amount) for k in ("before", "after")})
     conclude(screen, run, shown, *tables, f"\nmodel   {folder}", checkpoint=str(folder), card=card.to_dict("records"))

@@ -70,16 +70,23 @@ class Work:
             self.notes.append(f"{done.left_out} examples lack what the loss {self.plan.loss} needs, and were left out")
         card = self.keep(done.edit, controls)
         by = {(r["model"], r["side"]): r for r in rows}
-        side = "bad" if ("repaired", "bad") in by else "good"
-        was, now, other = (by[m, side] for m in ("before", "repaired", "all blocks"))
+        said = []
+        for side, word in (("good", "what should follow"), ("bad", "what should not follow")):
+            if ("before", side) in by:
+                was, now, other = (by[m, side] for m in ("before", "repaired", "all blocks"))
+                each = [f"{r['log_p']:.2f}" for r in (was, now, other)]
+                share = [f"{r['said']:.0%}" for r in (was, now, other)]
+                said.append(
+                    f"{word} has log p {each[0]} a token before, {each[1]} after, {each[2]} with all blocks trained, "
+                    f"and is said in {share[0]}, {share[1]} and {share[2]}"
+                )
         first = done.by_block().sort_values("chosen", ascending=False)
-        named = ", ".join(f"L{int(i)}" for i in first["layer"].head(3))
+        named = ", ".join(
+            f"L{int(i)} ({int(n)})" for i, n in zip(first["layer"], first["chosen"], strict=True) if n > 0
+        )
         text = (
-            f"Of {now['held_out']} held-out examples, what should{' not' if side == 'bad' else ''} follow is said in "
-            f"{was['said']:.0%} before and {now['said']:.0%} after (log p a token {was['log_p']:.2f} and "
-            f"{now['log_p']:.2f}; all blocks trained: {other['log_p']:.2f}). Blocks chosen most: {named}. "
-            "Divergence on plain text "
-            f"{c.value(card, 'repaired', 'divergence'):.4f} nats a token, all blocks "
+            f"On {len(held)} held-out examples: {'; '.join(said)}. Blocks chosen, with the number of steps: {named}. "
+            f"Divergence on plain text {c.value(card, 'repaired', 'divergence'):.4f} nats a token, all blocks "
             f"{c.value(card, 'all blocks', 'divergence'):.4f}."
         )
         self.tell(

@@ -14,7 +14,7 @@ import pandas as pd
 
 from vesalius.report import charts, tables
 from vesalius.report.page import Page, Section, record, warnings, write
-from vesalius.report.words import number
+from vesalius.report.words import amount
 from vesalius.runs import Run
 
 QUALITY = ("perplexity", "divergence")
@@ -65,14 +65,9 @@ def _card(found: pd.DataFrame | None) -> Section:
     title = "The card"
     if found is None:
         return Section(title, missing="nothing was measured.")
-    shown = found.assign(**{k: found[k].map(_told) for k in ("before", "after")})
+    shown = found.assign(**{k: found[k].map(amount) for k in ("before", "after")})
     shown["n"] = [str(n) if n else "" for n in found["n"]]
     return Section(title, [tables.frame_table(shown, shown=len(shown))], READ)
-
-
-def _told(value: float) -> str:
-    """Counts in full, anything else to three digits."""
-    return f"{value:,.0f}" if abs(value) >= 1e4 else number(value)
 
 
 def _own(run: Run, summary: dict[str, Any]) -> list[Section]:
