@@ -68,8 +68,6 @@ def anchor(
 
     screen = Screen(as_json)
     set_threads(threads)
-    if save is not None:
-        new_folder(save)
     if questions is not None:
         pool = read(questions)
         rng = random.Random(f"choice/{seed}")
@@ -100,6 +98,8 @@ def anchor(
     command = "vesalius " + shlex.join(sys.argv[1:])
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
+            if save is not None:
+                new_folder(save)
             with staged(run, screen) as step:
                 found = examine(opened, asked[:dev], asked[dev:], text, neurons=neurons, seed=seed, step=step)
             run.save_scores("direct", found.diagnosis.scores)

@@ -60,6 +60,8 @@ class Screen:
                         said.add(first)
                         last = time.monotonic()
                         self.err.print(f"  {first} ...", style="dim", markup=False)
+                    if bar.tasks[0].finished and (second or 0) < 1:  # a new phase: its clock would stand still
+                        bar.reset(task)
                     bar.update(task, description=first, total=None if second is None else 1.0, completed=second or 0)
                 else:
                     bar.update(task, completed=first, total=second)

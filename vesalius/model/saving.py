@@ -40,6 +40,14 @@ def new_folder(folder: str | Path, what: str = "model") -> Path:
     return place
 
 
+def holds(folder: str | Path, story: Mapping[str, Any]) -> bool:
+    """Whether a folder is the whole checkpoint that was written with this story."""
+    place = Path(folder)
+    if not (place / RECORD).is_file() or checkpoints.troubles(place):
+        return False
+    return (place / RECORD).read_bytes() == dump(dict(story))
+
+
 def origin_of(model: Model) -> dict[str, Any]:
     """How a record names the model that something was made of."""
     return {"name": model.name, "spec": model.spec, "fingerprint": model.fingerprint}

@@ -30,7 +30,7 @@ from vesalius.find.anchored.questions import LETTERS, Choice
 from vesalius.find.recall.heads import unembedded
 from vesalius.model import Model, Site
 from vesalius.model.replay import Tape
-from vesalius.model.saving import origin_of, save_model
+from vesalius.model.saving import holds, origin_of, save_model
 from vesalius.model.sweep import BATCH
 from vesalius.model.weights import parameter_of
 from vesalius.parts import Part
@@ -79,9 +79,11 @@ class ValueEdit:
                     value_vectors(model, part.layer or 0)[part.index].copy_(old)
 
     def save(self, model: Model, folder: Path | str) -> Path:
-        """Writes the changed model as an ordinary Hugging Face folder."""
+        """Writes the changed model as an ordinary Hugging Face folder, unless it is there already."""
+        story = {"edit": "value vectors", "of": origin_of(model), "neurons": [str(p) for p in self.neurons]}
+        if holds(folder, story):
+            return Path(folder)
         with self.on(model):
-            story = {"edit": "value vectors", "of": origin_of(model), "neurons": [str(p) for p in self.neurons]}
             return save_model(model, folder, story)
 
 
