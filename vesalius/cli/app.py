@@ -59,6 +59,7 @@ def command_line() -> typer.Typer:
         observe,
         probe,
         prune,
+        quantize,
         race,
         recursion,
         reuse,
@@ -82,7 +83,7 @@ def command_line() -> typer.Typer:
     finding = (circuit, reuse, compare)
     training = (train, data, race, dynamics, recursion, icll, memorize, tune)
     features = (direction, probe, bias, frequency, subnetwork, sae, codes, codebook)
-    changing = (prune, merge, card)
+    changing = (prune, quantize, merge, card)
     reading = (heads, lens, channels, trace, anchor, observe, *features)
     for module in (*finding, *reading, *training, *changing, atlas, check, listing, catalogues):
         module.register(app)
