@@ -157,4 +157,5 @@ def outlier_tables(
     columns = ["channel", "states", "positions", "emergent", "later_states", "later_positions", "later_emergent",
                "largest"]  # fmt: skip
     table = pd.DataFrame(features, columns=columns).sort_values("positions", ascending=False, kind="stable")
-    return pd.DataFrame(by_state), table.reset_index(drop=True)
+    yes = {"emergent": bool, "later_emergent": bool}  # an empty table knows no types of its own
+    return pd.DataFrame(by_state), table.reset_index(drop=True).astype(yes)

@@ -33,7 +33,7 @@ def quantize(
         str,
         typer.Option(
             "--method",
-            help="llm-int8; os+; or a baseline: smoothquant, plain (os+ with nothing moved), naive (one scale a matrix).",
+            help="llm-int8; os+; or a baseline: smoothquant, plain (nothing moved), naive (one scale a matrix).",
             rich_help_panel=PANEL,
         ),
     ] = "llm-int8",
@@ -207,7 +207,7 @@ def _work(screen: Screen, run: Run, model: Any, request: dict[str, Any], command
     numbers |= {"linear_bytes": own, "float16_bytes": half, "of_float16": own / half}
     numbers["in_whole_numbers"] = eight_bit_share(made, text[:4])
     kept = folded if request["save"] == "float" else made
-    holder = holder_of(made)
+    holder = holder_of(made.hf)
     numbers["layout"] = "float" if request["save"] == "float" else holder.layout
     yard, missing = c.yardstick(
         model, request["card_text"], request["card_rows"], ",".join(request["card_tasks"]), request["card_n"],
