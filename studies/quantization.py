@@ -12,6 +12,9 @@ from typing import Any
 import pandas as pd
 from _page import ROOT, RUNS, table, write
 
+import vesalius
+from vesalius.change.llm_int8 import outlier_tables
+from vesalius.corpus import plain_text
 from vesalius.runs import Run
 
 MODELS = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma-3-270M"}
@@ -59,7 +62,7 @@ def cost(name: str, way: str, told: dict[str, Any], card: pd.DataFrame) -> list[
     return rows
 
 
-def llm_int8(name: str, told: dict[str, Any], found: Run, quick: bool) -> tuple[list[Any], list[Any], str]:
+def llm_int8(name: str, spec: str, found: Run, quick: bool) -> tuple[list[Any], list[Any], str]:
     """Claims, speeds, and the lens."""
     card = found.table("card")
     cell = card[card["model"] == "llm-int8"].set_index("metric")
@@ -70,7 +73,7 @@ def llm_int8(name: str, told: dict[str, Any], found: Run, quick: bool) -> tuple[
     ]
     rows = [] if quick else found.table("speed").to_dict("records")
     speeds = [[name, row["model"], f"{row['prefill']:.0f}", f"{row['decode']:.1f}"] for row in rows]
-    return claims, speeds, emergence(name, told, found)
+    return claims, speeds, emergence(name, spec, quick)
 
 
 def main() -> None:
@@ -92,7 +95,7 @@ def main() -> None:
             found = Run.open(told["run"])
             costs += cost(name, way, told, found.table("card"))
             if method == "llm-int8":
-                more, times, text = llm_int8(name, told, found, asked.quick)
+                more, times, text = llm_int8(name, spec, found, asked.quick)
                 claims, speeds, lens = claims + more, speeds + times, [*lens, text]
     body = [
         WHAT + table(["model", "way", "perplexity", "change", "KL, nats", "bytes", "in whole numbers"], costs),
@@ -111,15 +114,16 @@ def verdict(holds: bool) -> str:
     return "holds" if holds else "does not hold"
 
 
-def emergence(name: str, told: dict[str, Any], found: Run) -> str:
-    """The lens of LLM.int8(): by state, and the features."""
-    states, features = found.table("outliers"), found.table("features")
+def emergence(name: str, spec: str, quick: bool) -> str:
+    """The lens of LLM.int8() on 16 rows: by state, and the features."""
+    model = vesalius.open(spec)
+    states, features = outlier_tables(model, plain_text(model, "foldoc", 2 if quick else 16, 128))
     worst = states.sort_values("channels", ascending=False).head(ROWS).to_dict("records")
     rows = [[r["state"], r["channels"], r["later"], f"{r['largest']:.0f}", r["often"]] for r in worst]
-    both = [", ".join(map(str, told[k])) or "none" for k in ("emergent", "emergent_later")]
+    both = [", ".join(map(str, features["channel"][features[k]])) or "none" for k in ("emergent", "later_emergent")]
     text = (
         f"{name}: {len(features)} channels of {len(states)} states reach 6 somewhere. Emergent by the paper's "
-        f"criterion (25 % of the states, 6 % of the positions): {both[0]}; without position 0: {both[1]}. The states "
+        f"criterion (25 % of the blocks, 6 % of the positions): {both[0]}; without position 0: {both[1]}. The states "
         "with most:\n\n"
     )
     return text + table(["state", "channels", "after position 0", "largest", "commonest after it"], rows)

@@ -101,7 +101,7 @@ def test_the_first_token_alone_is_told_apart() -> None:
         model.hf.transformer.wpe.weight[0, 9] += 500.0
     _, features = outlier_tables(model, some_ids(4, 10), threshold=4.5)
     row = features[features["channel"] == 9].iloc[0]
-    assert row["states"] > row["later_states"] and row["positions"] >= 0.06
+    assert row["layers"] > row["later_layers"] and row["positions"] >= 0.06
     assert bool(row["emergent"]) and not bool(row["later_emergent"])
     with pytest.raises(VesaliusError, match="with threshold 0 no column is an outlier"):
         llm_int8(model, 0.0, columns={"transformer.h.0.mlp.c_fc": torch.tensor([1])})

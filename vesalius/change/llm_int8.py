@@ -8,9 +8,9 @@ weights kept in float16 for the columns in which calibration text found outliers
 hit); then other outliers that turn up are multiplied by what the codes stand for. Threshold 0 rounds every column.
 
 The same threshold is a lens. A channel of a state that a block reads (the input of attention, the input of the MLP's
-first maps; not that of its last) is an *emergent outlier feature* if it reaches 6 in at least 25 % of the blocks'
-states and at 6 % of all positions. In small models the first token alone may trip it everywhere, so both tables tell it
-with and without position 0.
+first maps; not that of its last) is an *emergent outlier feature* if it reaches 6 in at least 25 % of the blocks and at
+6 % of the positions of all these states. In small models the first token alone may trip it everywhere, so both tables
+tell it with and without position 0.
 
 Paper: Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339.
 """
@@ -126,7 +126,7 @@ def outlier_tables(
     Returns:
         By state: `state`, `channels` (that reach it somewhere), `later` (after position 0), `largest`, `often` (the
         commonest of these: number and share of the positions after the first). By feature, the commonest first:
-        `channel`, `states` and `positions` (shares), `emergent`, the same after position 0 (`later_...`), `largest`.
+        `channel`, `layers` and `positions` (shares), `emergent`, the same after position 0 (`later_...`), `largest`.
     """
     states = _states(model)
     wants = {reader: Outliers(threshold) for reader in states.values()}
@@ -143,18 +143,19 @@ def outlier_tables(
             }
         )  # fmt: skip
     hits, later = (torch.stack([getattr(s, k) for s in seen]).double() for k in ("hits", "later_hits"))
+    block = torch.tensor([int(state.partition(".")[0][1:]) for state in states])
     tokens, later_tokens = sum(s.tokens for s in seen), max(sum(s.later for s in seen), 1)
     largest = torch.stack([s.largest for s in seen]).amax(0)
     features = []
     for channel in (hits > 0).any(0).nonzero()[:, 0].tolist():
         row: dict[str, object] = {"channel": channel}
         for prefix, counts, of in (("", hits, tokens), ("later_", later, later_tokens)):
-            states_share = float((counts[:, channel] > 0).double().mean())
+            layers = len(block[counts[:, channel] > 0].unique()) / model.n_layers
             positions = float(counts[:, channel].sum() / of)
-            row |= {f"{prefix}states": states_share, f"{prefix}positions": positions}
-            row |= {f"{prefix}emergent": states_share >= LAYERS and positions >= POSITIONS}
+            row |= {f"{prefix}layers": layers, f"{prefix}positions": positions}
+            row |= {f"{prefix}emergent": layers >= LAYERS and positions >= POSITIONS}
         features.append(row | {"largest": float(largest[channel])})
-    columns = ["channel", "states", "positions", "emergent", "later_states", "later_positions", "later_emergent",
+    columns = ["channel", "layers", "positions", "emergent", "later_layers", "later_positions", "later_emergent",
                "largest"]  # fmt: skip
     table = pd.DataFrame(features, columns=columns).sort_values("positions", ascending=False, kind="stable")
     yes = {"emergent": bool, "later_emergent": bool}  # an empty table knows no types of its own

@@ -199,7 +199,7 @@ def _work(screen: Screen, run: Run, model: Any, request: dict[str, Any], command
             {"name": "outliers", "title": "Outlier channels of every state",
              "read": "channels that reach the threshold somewhere; later, often: after position 0."},
             {"name": "features", "title": "Outlier features",
-             "read": "shares of states and positions; emergent: at least 25 % and 6 %; later: without position 0."},
+             "read": "shares of blocks and positions; emergent: at least 25 % and 6 %; later: without position 0."},
         ]  # fmt: skip
         numbers["emergent"] = [int(x) for x in features[features["emergent"]]["channel"]]
         numbers["emergent_later"] = [int(x) for x in features[features["later_emergent"]]["channel"]]
