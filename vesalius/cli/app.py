@@ -61,6 +61,7 @@ def command_line() -> typer.Typer:
         observe,
         probe,
         prune,
+        quantize,
         race,
         recursion,
         repair,
@@ -85,7 +86,7 @@ def command_line() -> typer.Typer:
     finding = (circuit, reuse, compare)
     training = (train, data, race, dynamics, recursion, icll, memorize, tune)
     features = (direction, probe, bias, frequency, subnetwork, sae, codes, codebook)
-    changing = (prune, merge, repair, forget, card)
+    changing = (prune, quantize, merge, repair, forget, card)
     reading = (heads, lens, channels, trace, anchor, observe, *features)
     for module in (*finding, *reading, *training, *changing, atlas, check, listing, catalogues):
         module.register(app)

@@ -108,6 +108,14 @@ def measured(
     return card
 
 
+def cleared(folder: Path) -> Path:
+    """The folder without what a killed sitting left."""
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
 def value(card: pd.DataFrame, model: str, metric: str, column: str = "after") -> float:
     """One cell of a card."""
     row = card[(card["model"] == model) & (card["metric"] == metric)]

@@ -165,7 +165,7 @@ def _work(screen: Screen, run: Run, model: Any, plan: Any, request: dict[str, An
     folder = run.folder / "model"
     if request["recover"] != "none":
         with run.stage("recover", 1):
-            part = keep_change(made["pruned"], model, _cleared(run.folder / "pruned"), "prune", request)
+            part = keep_change(made["pruned"], model, c.cleared(run.folder / "pruned"), "prune", request)
             recipe = recovery(
                 part, request["recover"], request["tokens"], request["lr"], c.row_length(model), RECOVERY_ROWS,
                 request["seed"],
@@ -184,7 +184,7 @@ def _work(screen: Screen, run: Run, model: Any, plan: Any, request: dict[str, An
     card = c.measured(screen, run, model, makers, yard)
     final, name = next(iter(order.items()))[::-1]
     with run.stage("save", 1), screen.step("saving"):
-        keep_change(final, model, _cleared(folder), "prune", request, card)
+        keep_change(final, model, c.cleared(folder), "prune", request, card)
     change = c.value(card, name, "perplexity", "change")
     told = {
         "model": model.name, "change": "prune", "title": f"{model.name} pruned by {by}", **numbers,
@@ -198,14 +198,6 @@ def _work(screen: Screen, run: Run, model: Any, plan: Any, request: dict[str, An
                     "read": "the share of all scores (their sizes) that stays, by kind of part."}],
     }  # fmt: skip
     run.save_json("summary", told)
-
-
-def _cleared(folder: Path) -> Path:
-    """The folder without what a killed sitting left."""
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
 
 
 def lead(model: str, by: str, numbers: dict[str, Any], card: Any, name: str) -> str:

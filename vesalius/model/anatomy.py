@@ -47,6 +47,7 @@ class BlockSpec(BaseModel):
     norm_cross: str | None = None
     mlp_in: str
     act: str | None = None
+    up: str | None = None
     down: str
     norm_in: str
     norm_mid: str
@@ -161,6 +162,9 @@ class Block:
     pattern: nn.Module | None
     cross: Block | None = None
     extra_norms: tuple[NormView, ...] = ()
+    up: nn.Module | None = (
+        None  # of a gated MLP, what the activated gate multiplies; the second half where one has both
+    )
 
     @property
     def norms(self) -> list[NormView]:
@@ -408,6 +412,7 @@ def _read_stack(hf: PreTrainedModel, family: FamilySpec, spec: StackSpec, post_n
             "mlp_in": need(module, b.mlp_in),
             "down": need(module, b.down),
             "act": _find(module, b.act),
+            "up": _find(module, b.up) if _flag(family.gated, hf.config) else None,
             "norm_mid": norm_mid,
             "norm_attn_out": norm(_find(module, b.norm_attn_out)),
             "norm_mlp_out": norm(_find(module, b.norm_mlp_out)),

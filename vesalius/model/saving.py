@@ -4,6 +4,8 @@
     FOLDER/vesalius.json                                  what was done to which model, and what was measured
     FOLDER/manifest.json                                  size and sha256 of every file
 
+A model in whole numbers is written as `vesalius.model.int8_files` tells.
+
 Everything is written in a folder of another name, flushed to disk and renamed: a killed process leaves no checkpoint,
 never half of one.
 """
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 
 from vesalius import checkpoints
 from vesalius.errors import ModelError, VesaliusError
+from vesalius.model import int8_files
 from vesalius.model.model import Model
 from vesalius.model.sources.quiet import quiet_transformers
 from vesalius.records import dump
@@ -77,7 +80,10 @@ def save_model(
 
     def fill(part: Path) -> None:
         with quiet_transformers():
-            model.hf.save_pretrained(part)
+            if int8_files.rounded_maps(model.hf):
+                int8_files.save(model.hf, part)
+            else:
+                model.hf.save_pretrained(part)
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(part)
         if story is not None:
