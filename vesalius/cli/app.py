@@ -67,10 +67,12 @@ def command_line() -> typer.Typer:
         repair,
         reuse,
         sae,
+        steer,
         subnetwork,
         trace,
         train,
         tune,
+        write,
     )
 
     app = typer.Typer(
@@ -87,8 +89,9 @@ def command_line() -> typer.Typer:
     training = (train, data, race, dynamics, recursion, icll, memorize, tune)
     features = (direction, probe, bias, frequency, subnetwork, sae, codes, codebook)
     changing = (prune, quantize, merge, repair, forget, card)
+    using = (write, steer)
     reading = (heads, lens, channels, trace, anchor, observe, *features)
-    for module in (*finding, *reading, *training, *changing, atlas, check, listing, catalogues):
+    for module in (*finding, *reading, *training, *changing, *using, atlas, check, listing, catalogues):
         module.register(app)
     return app
 

@@ -81,7 +81,8 @@ marked ? may be missing. Scores are positive when the part helps the metric.
 
 **`vesalius trace`, `vesalius anchor`, `vesalius direction`, `vesalius probe`, `vesalius bias`, `vesalius channels`,
 `vesalius observe`, `vesalius frequency`, `vesalius recursion`, `vesalius icll`, `vesalius tune`, `vesalius codes`,
-`vesalius sae`, `vesalius codebook`**: the docstrings of their modules and functions say what they read.
+`vesalius sae`, `vesalius codebook`, `vesalius write`,
+`vesalius steer`**: the docstrings of their modules and functions say what they read.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ from vesalius.report.subnetwork import subnetwork_report
 from vesalius.report.trace import trace_report
 from vesalius.report.train import train_report
 from vesalius.report.tuning import tuning_report
+from vesalius.report.writing import writing_report
 from vesalius.runs import Run
 
 CHANGES = ("prune", "quantize", "merge", "repair", "forget", "distil", "steady")
@@ -140,6 +142,7 @@ _REPORTS: dict[str, Callable[[Run], Path]] = {
     "anchor": anchor_report,
     **dict.fromkeys(CHANGES, change_report),
     "subnetwork": subnetwork_report,
+    **dict.fromkeys(("write", "steer"), writing_report),
     **{f"lens-{name}": lens_report for name in ("logit", "tuned", "direct", "train", "basis", "anomaly")},
 }
 
@@ -161,5 +164,5 @@ __all__ = [
     "codes_report", "compare_report", "direction_report", "dynamics_report", "frequency_report", "heads_report",
     "icll_report", "lens_report", "memorization_report", "observe_report", "probe_report", "race_report",
     "recursion_report", "report", "reuse_report", "sae_report", "subnetwork_report", "trace_report", "train_report",
-    "tuning_report",
+    "tuning_report", "writing_report",
 ]  # fmt: skip
