@@ -13,7 +13,8 @@ from _runs import is_quick, verdict
 
 import vesalius
 from vesalius.build.anchored import planted_anchor
-from vesalius.find.anchored import Examined, draw, examine, plain_text, read
+from vesalius.corpus import plain_text
+from vesalius.find.anchored import Examined, draw, examine, read
 from vesalius.model import Model
 
 NAME = "smollm2-135m"

@@ -69,7 +69,11 @@ def chosen(folder: Path, text: str) -> list[int]:
     return wanted
 
 
-def write(folder: Path, fill: Callable[[Path], object], remedy: str = "free some space") -> Path:
+def write(
+    folder: Path,
+    fill: Callable[[Path], object],
+    remedy: str = "free some space; checkpoints saved before are untouched",
+) -> Path:
     """Writes a folder whole or not at all; one that is already there and whole is left as it is.
 
     Args:
@@ -99,7 +103,7 @@ def write(folder: Path, fill: Callable[[Path], object], remedy: str = "free some
     except (OSError, SafetensorError, RunError) as error:
         shutil.rmtree(part, ignore_errors=True)
         reason = str(error) if isinstance(error, RunError) else why(error)
-        raise RunError(f"cannot save {folder}: {reason}; {remedy}; checkpoints saved before are untouched") from error
+        raise RunError(f"cannot save {folder}: {reason}; {remedy}") from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

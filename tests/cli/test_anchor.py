@@ -64,6 +64,10 @@ def test_the_anchor_is_found_and_lifted(whole: Outcome, known: PlantedAnchor) ->
     assert all(title in page for title in ("What is chosen", "Who writes A", "Repairs, on other questions"))
 
 
+def test_the_same_command_finds_its_model_again(whole: Outcome, folder: Path) -> None:
+    assert command(folder, "--json", "--save", folder.parent / "even").json == whole.json
+
+
 def test_the_saved_model_answers_evenly(whole: Outcome, folder: Path) -> None:
     again = command(Path(whole.json["saved"]), "--questions", folder / "fine.jsonl", "--corpus", folder / "text.jsonl")
     assert again.code == 0 and "is right in 100%" in again.out

@@ -23,7 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import vesalius.model
 from vesalius.build import preset
+from vesalius.change.merge import MergePlan
 from vesalius.cli.app import command_line
+from vesalius.cli.quantize import METHODS as QUANTIZERS
 from vesalius.cli.train import parse_changes
 from vesalius.errors import UnknownName
 from vesalius.features import AXES, concept
@@ -108,6 +110,10 @@ def test_commands_exist_with_these_options(where: str, line: str, monkeypatch: p
     if command == "direction":
         assert AXES.entry(given["method"] or "pca")
         assert Path(given["concept"]).suffix or concept(given["concept"])
+    elif command == "merge":
+        assert MergePlan(given["method"])
+    elif command == "quantize":
+        assert given["method"] in QUANTIZERS
     elif (method := given.get("method")) is not None:
         own = parameters(method)  # refuses an unknown method
     if "method_set" in given:

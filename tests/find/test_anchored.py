@@ -98,8 +98,10 @@ def test_the_edited_model_is_an_ordinary_checkpoint(
     again = vesalius.open(str(folder))
     with edit.on(model):
         assert letter_logits(again, asked[24:]) == pytest.approx(letter_logits(model, asked[24:]), abs=1e-5)
+    assert edit.save(model, folder) == folder  # it is there already, and whole
+    other = fit_values(model, asked[:24], text, k=2)
     with pytest.raises(VesaliusError, match="is there already"):
-        edit.save(model, folder)
+        other.save(model, folder)
 
 
 def test_with_the_label_in_the_edit_every_question_turns(model: Model, asked: list[Choice]) -> None:

@@ -171,7 +171,7 @@ def test_an_edit_of_the_weights_is_the_edit_of_the_pass_and_leaves_no_trace(fami
         story = json.loads((folder / "vesalius.json").read_text())
         assert story["components"] == [{"part": "L1.H2", "factors": {"0": -1.0, "3": 2.5}, "fold": True}]
         assert story["of"]["fingerprint"] == model.fingerprint and story["measured"] == {"accuracy": 0.5}
-        with pytest.raises(VesaliusError, match="is not empty"):
+        with pytest.raises(VesaliusError, match="is there already"):
             save_edited(model, [edit], folder)
 
 

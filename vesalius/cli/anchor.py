@@ -61,13 +61,13 @@ def anchor(
     repairs it without labels: a few value vectors of late MLPs, chosen on some questions and measured on others beside
     prior calibration and random edits. Leaves a run folder with report.html; --save writes the repaired model.
     """
-    from vesalius.find.anchored import LETTERS, draw, examine, place, plain_text, read
+    from vesalius.corpus import plain_text
+    from vesalius.find.anchored import LETTERS, draw, examine, place, read
+    from vesalius.model.saving import new_folder
     from vesalius.report import anchor_report
 
     screen = Screen(as_json)
     set_threads(threads)
-    if save is not None and save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise VesaliusError(f"{save} is there already; name a new folder to save the model in")
     if questions is not None:
         pool = read(questions)
         rng = random.Random(f"choice/{seed}")
@@ -98,6 +98,8 @@ def anchor(
     command = "vesalius " + shlex.join(sys.argv[1:])
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
+            if save is not None:
+                new_folder(save)
             with staged(run, screen) as step:
                 found = examine(opened, asked[:dev], asked[dev:], text, neurons=neurons, seed=seed, step=step)
             run.save_scores("direct", found.diagnosis.scores)

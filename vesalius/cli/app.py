@@ -39,6 +39,7 @@ def command_line() -> typer.Typer:
         anchor,
         atlas,
         bias,
+        card,
         catalogues,
         channels,
         check,
@@ -49,22 +50,29 @@ def command_line() -> typer.Typer:
         data,
         direction,
         dynamics,
+        forget,
         frequency,
         heads,
         icll,
         lens,
         listing,
         memorize,
+        merge,
         observe,
         probe,
+        prune,
+        quantize,
         race,
         recursion,
+        repair,
         reuse,
         sae,
+        steer,
         subnetwork,
         trace,
         train,
         tune,
+        write,
     )
 
     app = typer.Typer(
@@ -80,8 +88,10 @@ def command_line() -> typer.Typer:
     finding = (circuit, reuse, compare)
     training = (train, data, race, dynamics, recursion, icll, memorize, tune)
     features = (direction, probe, bias, frequency, subnetwork, sae, codes, codebook)
+    changing = (prune, quantize, merge, repair, forget, card)
+    using = (write, steer)
     reading = (heads, lens, channels, trace, anchor, observe, *features)
-    for module in (*finding, *reading, *training, atlas, check, listing, catalogues):
+    for module in (*finding, *reading, *training, *changing, *using, atlas, check, listing, catalogues):
         module.register(app)
     return app
 

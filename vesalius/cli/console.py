@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -26,6 +27,7 @@ from vesalius.runs import Run
 MOST_THREADS = 1024
 SHORT = 12  # characters of a text that is never folded
 QUIET_SECONDS = 2.0  # steps shorter than this leave no trace where there is no terminal
+SAY_SECONDS = 5.0  # between two messages of one step, where there is no terminal
 
 
 class Screen:
@@ -39,7 +41,7 @@ class Screen:
     @contextmanager
     def step(self, name: str) -> Iterator[Callable[..., None]]:
         """A long step: yields a callback that takes (done, total) or (message, fraction)."""
-        began, said = time.monotonic(), set[str]()
+        began, said, last = time.monotonic(), set[str](), -math.inf
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),  # a path may hold [brackets]
@@ -51,10 +53,15 @@ class Screen:
             task = bar.add_task(name, total=None)
 
             def report(first: Any, second: Any = None) -> None:
+                nonlocal last
                 if isinstance(first, str):
-                    if not self.err.is_terminal and first not in said:
+                    often = second is not None and time.monotonic() - last < SAY_SECONDS  # a log is no moving bar
+                    if not self.err.is_terminal and first not in said and not often:
                         said.add(first)
+                        last = time.monotonic()
                         self.err.print(f"  {first} ...", style="dim", markup=False)
+                    if bar.tasks[0].finished and (second or 0) < 1:  # a new phase: its clock would stand still
+                        bar.reset(task)
                     bar.update(task, description=first, total=None if second is None else 1.0, completed=second or 0)
                 else:
                     bar.update(task, completed=first, total=second)

@@ -70,8 +70,8 @@ def tune(
     what was lost. Leaves the tuned model as an ordinary checkpoint, and a report.
     """
     import vesalius
+    from vesalius.corpus import plain_text
     from vesalius.features.tuning import Plan, split
-    from vesalius.find.anchored import plain_text
     from vesalius.report import tuning_report
     from vesalius.tasks import TASKS
 

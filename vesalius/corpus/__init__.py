@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vesalius.corpus.formats import from_dolma, from_megatron, to_dolma, to_megatron
     from vesalius.corpus.grammar import LookupGrammar
     from vesalius.corpus.order import Order, digest
+    from vesalius.corpus.plain import plain_text
     from vesalius.corpus.planted import Planted, plant
     from vesalius.corpus.rewrite import Rewritten, token_map
     from vesalius.corpus.sources import corpora, fetch
@@ -45,6 +46,7 @@ _LAZY = {
     "from_dolma": "formats",
     "from_megatron": "formats",
     "import_sentencepiece": "tokenizers",
+    "plain_text": "plain",
     "plant": "planted",
     "sample": "tokenizers",
     "statistics": "fertility",
@@ -94,6 +96,7 @@ __all__ = [
     "from_dolma",
     "from_megatron",
     "import_sentencepiece",
+    "plain_text",
     "plant",
     "read",
     "sample",

@@ -19,10 +19,8 @@ Biderman et al., "Emergent and Predictable Memorization in Large Language Models
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,7 +30,7 @@ from torch import Tensor
 
 from vesalius.errors import VesaliusError
 from vesalius.model import Model
-from vesalius.model.memory import memory_errors
+from vesalius.model.decode import decode, positions, takes
 
 PROMPT = CONTINUATION = 32  # Pythia's
 MEMORY_GB = 0.5  # for the cache and logits of the rows that are decoded together
@@ -121,11 +119,10 @@ def recite(
     size = batch or rows_in(model, prompt + continuation, memory_gb)
     tokens = np.zeros((len(ids), continuation), dtype=np.int64)
     margin = np.zeros(len(ids), dtype=np.float32)
-    decode = _Decoder(model)
     for start in range(0, len(ids), size):
         piece = slice(start, start + size)
-        said, gap = decode(ids[piece, :prompt], continuation)
-        tokens[piece], margin[piece] = said.cpu().numpy(), gap.cpu().numpy()
+        lines = decode(model, ids[piece, :prompt].tolist(), continuation)
+        tokens[piece], margin[piece] = [line.tokens for line in lines], [line.margin for line in lines]
         if progress is not None:
             progress(min(start + size, len(ids)), len(ids))
     right = tokens == ids[:, prompt : prompt + continuation].numpy()
@@ -146,8 +143,7 @@ def _checked(model: Model, rows: ArrayLike | Tensor, prompt: int, continuation: 
         raise VesaliusError(
             f"rows have {ids.shape[1]} tokens, too few for {prompt} + {continuation}; lower the prompt or continuation"
         )
-    config = model.hf.config.get_text_config()
-    room = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    room = positions(model)
     if room and need - 1 > room:
         raise VesaliusError(
             f"{model.name} has {room} positions, too few for {prompt} + {continuation} tokens; lower one of the two"
@@ -168,48 +164,5 @@ def rows_in(model: Model, length: int, memory_gb: float = MEMORY_GB) -> int:
     cache = 2 * a.n_layers * a.n_kv_heads * a.d_head * length * bytes_each
     work = length * (4 * a.d_model + 2 * a.d_mlp + a.n_heads * length) * bytes_each
     vocabulary = model.hf.config.get_text_config().vocab_size
-    logits = vocabulary * 8 * (1 if _takes(model.hf, "logits_to_keep") else length)
+    logits = vocabulary * 8 * (1 if takes(model.hf, "logits_to_keep") else length)
     return int(max(1, min(MOST_ROWS, memory_gb * 2**30 // (cache + work + logits))))
-
-
-def _takes(hf: Any, name: str) -> bool:
-    return name in inspect.signature(type(hf).forward).parameters
-
-
-class _Decoder:
-    """Greedy decoding of rows of one length, with the model's cache where it keeps one."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.cached = _takes(model.hf, "past_key_values") and _takes(model.hf, "use_cache")
-        self.last = {"logits_to_keep": 1} if _takes(model.hf, "logits_to_keep") else {}
-
-    def __call__(self, prompts: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Prompts (row, pos) -> the next tokens (row, count), and the closest choice's margin (row,)."""
-        said: list[Tensor] = []
-        margin = torch.full((len(prompts),), torch.inf)
-        ids, past = prompts.to(self.model.device), None
-        with torch.inference_mode(), memory_errors(), self.model.alone():
-            for _ in range(count):
-                logits, past = self._next(ids, past)
-                token = logits.argmax(-1)  # of equal logits the first
-                margin = torch.minimum(margin, _margin(logits, token).cpu())
-                said.append(token)
-                new = token[:, None].to(ids.device)
-                ids = new if past is not None else torch.cat([ids, new], 1)
-        return torch.stack(said, 1), margin
-
-    def _next(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        """Logits (row, vocabulary) after the last token, and the cache; None where there is none to go on from."""
-        kwargs: dict[str, Any] = {**self.model.inputs(ids), **self.last}
-        if self.cached:
-            kwargs |= {"use_cache": True, "past_key_values": past}
-        out = self.model.hf(**kwargs)
-        return out.logits[:, -1].float(), getattr(out, "past_key_values", None) if self.cached else None
-
-
-def _margin(logits: Tensor, token: Tensor) -> Tensor:
-    """Largest minus second largest logit, (row,)."""
-    best = logits.gather(1, token[:, None])[:, 0]
-    rest = logits.scatter(1, token[:, None], -torch.inf).amax(1)
-    return best - rest

@@ -29,6 +29,7 @@ from vesalius.corpus.batches import Batch
 from vesalius.corpus.bigrams import BigramTable
 from vesalius.errors import RunError, VesaliusError
 from vesalius.model import Model
+from vesalius.model.saving import origin_of, save_model
 from vesalius.records import dump, read_json, sha256, write_atomic
 from vesalius.train.objectives import IGNORED, Loss, Sample
 from vesalius.train.objectives.causal import CausalLM
@@ -352,14 +353,8 @@ class WeightMask:
 
 def save_masked(model: Model, mask: WeightMask, folder: str | Path) -> Path:
     """Writes the masked model as an ordinary checkpoint, with its tokenizer."""
-    from vesalius.model.sources.quiet import quiet_transformers
-
-    place = Path(folder)
-    with mask.applied(model), quiet_transformers():
-        model.hf.save_pretrained(place)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(place)
-    return place
+    with mask.applied(model):
+        return save_model(model, folder, {"edit": "weights masked", "of": origin_of(model), "kept": mask.size})
 
 
 def by_matrix(model: Model, mask: WeightMask) -> list[dict[str, Any]]:

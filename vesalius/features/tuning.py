@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from vesalius.errors import TaskError, VesaliusError
 from vesalius.find.base import find
 from vesalius.model import Intervention, Model, Pairs, Site
 from vesalius.model.intervene import taps
-from vesalius.model.sources.quiet import quiet_transformers
+from vesalius.model.saving import origin_of, save_model
 from vesalius.parts import Part
 from vesalius.records import request_hash
 from vesalius.scores import Scores
@@ -362,8 +362,6 @@ def compare(
                 logs += [{"tuned": name, **row} for row in log]
                 measured(name, trained)
                 if name == "found" and save is not None:
-                    with quiet_transformers():
-                        model.hf.save_pretrained(save)
-                        if model.tokenizer is not None:
-                            model.tokenizer.save_pretrained(save)
+                    story = {"edit": "parts trained", "of": origin_of(model), "parts": [str(p) for p in parts]}
+                    save_model(model, save, story | {"plan": asdict(plan), "task": prompts.train.fingerprint})
     return pd.DataFrame(table), pd.DataFrame(logs)

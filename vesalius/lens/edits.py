@@ -25,10 +25,8 @@ from torch import Tensor
 from vesalius.errors import ModelError, PartError, VesaliusError
 from vesalius.model import Intervention, Model
 from vesalius.model.head_weights import head_weights
+from vesalius.model.saving import origin_of, save_model
 from vesalius.parts import Part, parse_part
-from vesalius.records import dump, write_atomic
-
-RECORD = "vesalius.json"
 
 
 @dataclass(frozen=True)
@@ -125,26 +123,11 @@ def save_edited(
         model: stays as it is. edits: what is changed. folder: new, or empty.
         measured: what was measured before and after, for the record.
     """
-    from vesalius.model.sources.quiet import quiet_transformers
-
-    place = Path(folder)
-    try:
-        if place.exists() and any(place.iterdir()):
-            raise VesaliusError(f"'{place}' is not empty; name a new folder for the edited model")
-        place.mkdir(parents=True, exist_ok=True)
-        with edited(model, edits), quiet_transformers():
-            model.hf.save_pretrained(place)
-            if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(place)
-        story = {
-            "edit": "components of heads scaled",
-            "of": {"name": model.name, "spec": model.spec, "fingerprint": model.fingerprint},
-            "components": [edit.record() for edit in edits],
-            "measured": dict(measured or {}),
-        }
-        write_atomic(place / RECORD, dump(story))
-    except OSError as error:
-        raise VesaliusError(
-            f"the edited model cannot be written to '{place}': {error}; choose another folder"
-        ) from error
-    return place
+    story = {
+        "edit": "components of heads scaled",
+        "of": origin_of(model),
+        "components": [edit.record() for edit in edits],
+        "measured": dict(measured or {}),
+    }
+    with edited(model, edits):
+        return save_model(model, folder, story)

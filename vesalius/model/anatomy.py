@@ -47,6 +47,7 @@ class BlockSpec(BaseModel):
     norm_cross: str | None = None
     mlp_in: str
     act: str | None = None
+    up: str | None = None
     down: str
     norm_in: str
     norm_mid: str
@@ -69,6 +70,20 @@ class StackSpec(BaseModel):
     block: BlockSpec
 
 
+class Sizes(BaseModel):
+    """What a family's config calls its sizes; None where its class takes no other than it has.
+
+    `heads` alone, without `head_dim`, means that a head's width follows from their number: none can be taken out.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    kv_heads: str | None = None
+    head_dim: str | None = None
+    mlp: str | None = "intermediate_size"
+
+
 class FamilySpec(BaseModel):
     """A family file. Values such as `config.use_parallel_residual` are read from the model's config."""
 
@@ -83,6 +98,7 @@ class FamilySpec(BaseModel):
     qkv_layout: Literal["concat", "interleaved"] | None = None
     kv_heads_attribute: str | None = None
     refuse: dict[str, str] = {}
+    sizes: Sizes = Sizes()
     stacks: list[StackSpec]
 
 
@@ -146,6 +162,9 @@ class Block:
     pattern: nn.Module | None
     cross: Block | None = None
     extra_norms: tuple[NormView, ...] = ()
+    up: nn.Module | None = (
+        None  # of a gated MLP, what the activated gate multiplies; the second half where one has both
+    )
 
     @property
     def norms(self) -> list[NormView]:
@@ -266,6 +285,17 @@ class Anatomy:
         """W_O of every head, (head, d_head, d_model)."""
         return matrix(block.o).unflatten(0, (self.n_heads, self.d_head))
 
+    def mlp_readers(self, block: Block) -> list[nn.Module]:
+        """The MLP's first matrices, d_model to one or (gate and up fused) two numbers a neuron."""
+        found = []
+        for module in block.mlp_in.modules():
+            weight = getattr(module, "weight", None)
+            if module is block.down or not isinstance(weight, Tensor) or weight.dim() != 2:
+                continue
+            if matrix(module).shape[1] % self.d_mlp == 0:
+                found.append(module)
+        return found
+
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def parts(self, kinds: tuple[str, ...] = ("head", "mlp")) -> list[Part]:
@@ -382,6 +412,7 @@ def _read_stack(hf: PreTrainedModel, family: FamilySpec, spec: StackSpec, post_n
             "mlp_in": need(module, b.mlp_in),
             "down": need(module, b.down),
             "act": _find(module, b.act),
+            "up": _find(module, b.up) if _flag(family.gated, hf.config) else None,
             "norm_mid": norm_mid,
             "norm_attn_out": norm(_find(module, b.norm_attn_out)),
             "norm_mlp_out": norm(_find(module, b.norm_mlp_out)),

@@ -263,9 +263,13 @@ def _bits(flat: Tensor) -> int:
     return int(flat.contiguous().view(whole).sum(dtype=torch.int64))  # wraps around alike everywhere
 
 
-def weights_fingerprint(hf: PreTrainedModel) -> str:
-    """A short hash of the architecture and of every weight: a sample of its values, and the sum of all its bits."""
-    digest = hashlib.sha256(hf.config.to_json_string(use_diff=False).encode())
+def weights_fingerprint(hf: PreTrainedModel, config: bool = True) -> str:
+    """A short hash of the architecture and of every weight: a sample of its values, and the sum of all its bits.
+
+    Args:
+        config: without it the weights alone count; saving and opening a model changes its config's notes.
+    """
+    digest = hashlib.sha256(hf.config.to_json_string(use_diff=False).encode() if config else b"")
     for name, tensor in hf.state_dict().items():
         flat = tensor.detach().flatten()
         step = max(1, flat.numel() // 4096)

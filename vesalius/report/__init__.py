@@ -81,7 +81,8 @@ marked ? may be missing. Scores are positive when the part helps the metric.
 
 **`vesalius trace`, `vesalius anchor`, `vesalius direction`, `vesalius probe`, `vesalius bias`, `vesalius channels`,
 `vesalius observe`, `vesalius frequency`, `vesalius recursion`, `vesalius icll`, `vesalius tune`, `vesalius codes`,
-`vesalius sae`, `vesalius codebook`**: the docstrings of their modules and functions say what they read.
+`vesalius sae`, `vesalius codebook`, `vesalius write`,
+`vesalius steer`**: the docstrings of their modules and functions say what they read.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ from pathlib import Path
 from vesalius.errors import UnknownName
 from vesalius.report.anchor import anchor_report
 from vesalius.report.bias import bias_report
+from vesalius.report.change import change_report
 from vesalius.report.channels import channels_report, observe_report
 from vesalius.report.circuit import circuit_report
 from vesalius.report.codebooks import codebook_report
@@ -111,8 +113,10 @@ from vesalius.report.subnetwork import subnetwork_report
 from vesalius.report.trace import trace_report
 from vesalius.report.train import train_report
 from vesalius.report.tuning import tuning_report
+from vesalius.report.writing import writing_report
 from vesalius.runs import Run
 
+CHANGES = ("prune", "quantize", "merge", "repair", "forget", "distil", "steady")
 _REPORTS: dict[str, Callable[[Run], Path]] = {
     "circuit": circuit_report,
     "reuse": reuse_report,
@@ -136,7 +140,9 @@ _REPORTS: dict[str, Callable[[Run], Path]] = {
     **{f"sae-{name}": sae_report for name in ("train", "show", "use")},
     "trace": trace_report,
     "anchor": anchor_report,
+    **dict.fromkeys(CHANGES, change_report),
     "subnetwork": subnetwork_report,
+    **dict.fromkeys(("write", "steer"), writing_report),
     **{f"lens-{name}": lens_report for name in ("logit", "tuned", "direct", "train", "basis", "anomaly")},
 }
 
@@ -154,9 +160,9 @@ def report(run: Run) -> Path:
 
 
 __all__ = [
-    "anchor_report", "bias_report", "channels_report", "circuit_report", "codebook_report", "codes_report",
-    "compare_report", "direction_report", "dynamics_report", "frequency_report", "heads_report", "icll_report",
-    "lens_report", "memorization_report", "observe_report", "probe_report", "race_report", "recursion_report", "report",
-    "reuse_report", "sae_report", "subnetwork_report", "trace_report", "train_report",
-    "tuning_report",
+    "anchor_report", "bias_report", "change_report", "channels_report", "circuit_report", "codebook_report",
+    "codes_report", "compare_report", "direction_report", "dynamics_report", "frequency_report", "heads_report",
+    "icll_report", "lens_report", "memorization_report", "observe_report", "probe_report", "race_report",
+    "recursion_report", "report", "reuse_report", "sae_report", "subnetwork_report", "trace_report", "train_report",
+    "tuning_report", "writing_report",
 ]  # fmt: skip

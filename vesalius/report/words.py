@@ -56,6 +56,11 @@ def number(value: float | int | None, digits: int = 3, pad: bool = False) -> str
     return text.replace("-", "−")
 
 
+def amount(value: float) -> str:
+    """Counts in full, anything else to three digits."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else number(value)
+
+
 def share(value: float | None) -> str:
     """A faithfulness or a correlation: three decimals, since nothing below them means anything.
 

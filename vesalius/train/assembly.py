@@ -39,6 +39,7 @@ from vesalius.train.objectives import make_objective
 from vesalius.train.objectives.special import needs_for
 from vesalius.train.optimizers import make_optimizer
 from vesalius.train.parallel import World, parallelize, unwrap
+from vesalius.train.plugs import Plug
 from vesalius.train.recipe import Recipe
 from vesalius.train.schedules import make_schedule
 from vesalius.train.select import Slices, add_lora, choose, slices
@@ -463,7 +464,11 @@ def assemble(
         clip=recipe.clip,
         precision=recipe.precision,
         world=world,
-        plugs=[*([] if removal is None else [removal]), *([Slices(parts)] if parts else [])],
+        plugs=[
+            *([] if removal is None else [removal]),
+            *([Slices(parts)] if parts else []),
+            *([objective] if isinstance(objective, Plug) else []),  # one that learns numbers of its own
+        ],
     )
     return Assembly(trainer, data, recipe, removal, sum(s.held for s in parts))
 

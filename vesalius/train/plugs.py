@@ -29,6 +29,9 @@ class Plug:
         """Means over the rows just read, by name: their sum is added to the mean loss. In training alone."""
         return {}
 
+    def ready(self, step: int) -> None:
+        """When a step's gradients are complete, before they are clipped and used; may change or drop them."""
+
     def end(self, step: int) -> None:
         """After the update of a step."""
 

@@ -180,6 +180,8 @@ class Trainer:
         count = whole.count()
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
+        for plug in self.plugs:
+            plug.ready(step)
         norm = clip_grad_norm(self._parameters, self.clip)
         means = {k: float(self.world.sum(v)) / count for k, v in sums.items()}
         loss = means.pop("loss")

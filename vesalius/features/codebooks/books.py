@@ -26,6 +26,7 @@ from vesalius.features.codebooks.layer import Codebook, Force
 from vesalius.features.dictionaries.places import first_read, parse_place, place_name, width_of
 from vesalius.model import Model, Site
 from vesalius.model.hooks import Hooks, Tap
+from vesalius.model.saving import save_model
 from vesalius.records import dump, read_json, sha256, typed, write_atomic
 
 TENSORS, NOTE, MODEL = "codebooks.safetensors", "codebooks.json", "model"
@@ -115,14 +116,9 @@ class Codebooks(nn.Module):
 
     def save(self, folder: Path | str, model: Model) -> Path:
         """Writes model and codebooks."""
-        from vesalius.model.sources.quiet import quiet_transformers
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with quiet_transformers():
-            model.hf.save_pretrained(folder / MODEL)
-            if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(folder / MODEL)
+        save_model(model, folder / MODEL)
         write_atomic(folder / TENSORS, lambda path: save_tensors(path, dict(self.state_dict())))
         write_atomic(folder / NOTE, dump({**self.describe(model), "weights": weights_hash(folder / MODEL)}))
         return folder

@@ -370,7 +370,8 @@ def _copied(source: Path, target: Path) -> None:
     import shutil
 
     for file in sorted(source.iterdir()):
-        shutil.copy2(file, target / file.name)
+        if file.name != checkpoints.MANIFEST:
+            shutil.copy2(file, target / file.name)
 
 
 __all__ = ["COMMAND", "CodebookRecipe", "Coded", "data_of", "train_codebooks"]

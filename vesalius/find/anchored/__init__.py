@@ -2,7 +2,7 @@
 
 from vesalius.find.anchored.bias import Bias, bias, knowledge, known, letter_logits, letter_tokens, prior_of, variation
 from vesalius.find.anchored.diagnosis import Diagnosis, diagnose
-from vesalius.find.anchored.examine import Examined, examine, plain_text
+from vesalius.find.anchored.examine import Examined, examine
 from vesalius.find.anchored.questions import LETTERS, SOURCES, Choice, draw, place, read
 from vesalius.find.anchored.repair import (
     ValueEdit,
@@ -21,5 +21,5 @@ __all__ = [
     "even_look",
     "examine",
     "fit_values", "knowledge", "known", "label_aware", "letter_logits", "letter_places", "letter_tokens",
-    "looking_heads", "moved", "place", "plain_text", "prior_of", "random_values", "read", "text_loss", "variation",
+    "looking_heads", "moved", "place", "prior_of", "random_values", "read", "text_loss", "variation",
 ]  # fmt: skip

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from vesalius.errors import VesaliusError
@@ -16,7 +15,6 @@ from vesalius.find.anchored.bias import (
     Bias,
     Floats,
     bias,
-    encoder_of,
     knowledge,
     known,
     letter_logits,
@@ -81,32 +79,6 @@ class Examined:
             "neurons": [str(p) for p in self.edit.neurons], "heads": [str(p) for p in self.heads],
             "upper": self.upper, "dev": self.dev, "test": self.test,
         }  # fmt: skip
-
-
-def plain_text(model: Model, corpus: str = "foldoc", rows: int = 16, length: int = 64) -> Tensor:
-    """The beginnings of some documents, (row, pos).
-
-    Raises:
-        VesaliusError: if so many long enough documents are not there, or the model reads no text of that length.
-    """
-    from vesalius.corpus import documents
-
-    most = int(getattr(model.hf.config, "max_position_embeddings", 0) or 0)
-    if most and length > most:
-        raise VesaliusError(
-            f"texts of {length} tokens are longer than {model.name} reads ({most}); give a lower length"
-        )
-    encoder, found = encoder_of(model), []
-    for document in documents(corpus):
-        ids = (*encoder.prefix, *encoder.ids(document.text[: 12 * length]))
-        if len(ids) >= length:
-            found.append(ids[:length])
-        if len(found) == rows:
-            return torch.tensor(found)
-    raise VesaliusError(
-        f"{corpus} has {len(found)} documents of {length} tokens, and {rows} are needed to see what a repair costs; "
-        "name another with --corpus"
-    )
 
 
 def examine(

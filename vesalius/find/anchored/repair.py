@@ -30,6 +30,7 @@ from vesalius.find.anchored.questions import LETTERS, Choice
 from vesalius.find.recall.heads import unembedded
 from vesalius.model import Model, Site
 from vesalius.model.replay import Tape
+from vesalius.model.saving import holds, origin_of, save_model
 from vesalius.model.sweep import BATCH
 from vesalius.model.weights import parameter_of
 from vesalius.parts import Part
@@ -78,15 +79,12 @@ class ValueEdit:
                     value_vectors(model, part.layer or 0)[part.index].copy_(old)
 
     def save(self, model: Model, folder: Path | str) -> Path:
-        """Writes the changed model as an ordinary Hugging Face folder."""
-        folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise VesaliusError(f"{folder} is there already; name a new folder to save the model in")
+        """Writes the changed model as an ordinary Hugging Face folder, unless it is there already."""
+        story = {"edit": "value vectors", "of": origin_of(model), "neurons": [str(p) for p in self.neurons]}
+        if holds(folder, story):
+            return Path(folder)
         with self.on(model):
-            model.hf.save_pretrained(folder)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
-        return folder
+            return save_model(model, folder, story)
 
 
 def choose_neurons(model: Model, questions: Sequence[Choice], text: Tensor, k: int = 5) -> list[tuple[Part, float]]:

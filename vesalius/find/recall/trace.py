@@ -172,8 +172,8 @@ class Trace:
             f"turn it into {a}; the model says {said}{whose}.",
             "last": f"The fact fails at step 4: {a} leads before the last block, and that takes it away; the model "
             f"says {said}.",
-            "form": f"The fact is there, {a} leads all answers of its kind, but the model says {said}: it expects "
-            "another kind of word.",
+            "form": f"The fact is there, {a} leads all answers that are known of its kind, but the model says {said} "
+            f"with {self.p_said:.2f}, which is none of these; {a} has {self.p_right:.2f} and rank {self.rank}.",
         }[self.fails]
 
     def summary(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ TOKENIZER_CORES = (
 CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ROUNDED = "int8.safetensors"  # of a model in whole numbers that plain transformers cannot hold
 # Keys of config.json that tell how the file was written, not what the model computes.
 NOT_COMPUTED = ("transformers_version", "_name_or_path", "_model_name_or_path", "torch_dtype", "dtype")
 
@@ -89,6 +90,8 @@ def weight_files(folder: Path, spec: str | None = None) -> list[Path]:
         files = [folder / WEIGHTS]
     elif INDEX in names:
         files = [folder / name for name in _indexed(folder / INDEX, names, shown)]
+    elif ROUNDED in names:
+        files = [folder / ROUNDED]
     else:
         raise ModelError(refusal(names, shown))
     for path in files:

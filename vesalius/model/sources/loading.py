@@ -67,7 +67,7 @@ def load(
     """
     where = _device(device, device_map)
     precision = _dtype(dtype, where, device_map)
-    checkpoint.weight_files(located.folder, located.spec)
+    files = checkpoint.weight_files(located.folder, located.spec)
     config = read_config(located, trust_remote_code)
     options: dict[str, Any] = {"dtype": precision, "use_safetensors": True, "output_loading_info": True}
     options |= {"local_files_only": True, "trust_remote_code": trust_remote_code, "config": config}
@@ -76,9 +76,15 @@ def load(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     auto = auto_class(config, located.spec)
+    from vesalius.model.int8_files import is_rounded
+    from vesalius.model.int8_files import read as read_rounded
+
     try:
         with quiet_transformers():
-            model, info = auto.from_pretrained(located.folder, **options)
+            if is_rounded(located.folder):
+                model, info = read_rounded(located.folder, files, auto, config, options)
+            else:
+                model, info = auto.from_pretrained(located.folder, **options)
             refuse_missing(info, located.spec)
             _settle(model, info)
             _constant_norms(model, located.folder)

@@ -42,6 +42,18 @@ OBJECTIVES.add(
     "the next token and a teacher's distribution",
     "Hinton et al. 2015, arXiv 1503.02531",
 )
+OBJECTIVES.add(
+    "gedi",
+    f"{_HERE}.gedi:Gedi",
+    "texts under a class code, told from the same texts under the other code",
+    "Krause et al. 2020, arXiv 2009.06367",
+)
+OBJECTIVES.add(
+    "ditto",
+    f"{_HERE}.ditto:Ditto",
+    "the next token, and repeated sentences that are to be believed less each time",
+    "Xu et al. 2022, arXiv 2206.02369",
+)
 
 
 def make_objective(name: str, needs: Needs, *, tokenizer: Any = None, **settings: Any) -> Objective:
@@ -50,7 +62,7 @@ def make_objective(name: str, needs: Needs, *, tokenizer: Any = None, **settings
     Args:
         name: one of `OBJECTIVES.names()`.
         needs: what is known of model and tokenizer; see `special.needs_for`.
-        tokenizer: gives `masked-lm` its table of word starts, if the settings do not.
+        tokenizer: gives `masked-lm` its table of word starts and `gedi` the ids of its codes, if the settings do not.
         settings: the attributes of the objective's class.
 
     Raises:
@@ -70,6 +82,16 @@ def make_objective(name: str, needs: Needs, *, tokenizer: Any = None, **settings
         from vesalius.train.objectives.special import word_starts
 
         settings.setdefault("word_start", word_starts(tokenizer))
+    if name == "gedi" and tokenizer is not None:
+        from vesalius.train.objectives.special import one_token
+
+        codes = settings["codes"] = tuple(settings.get("codes", ("true", "false")))
+        settings["topics"] = tuple(settings.get("topics", ()))
+        settings.setdefault("ids", tuple(one_token(tokenizer, code) for code in codes))
+    if name == "ditto" and tokenizer is not None:
+        from vesalius.train.objectives.ditto import sentence_ends
+
+        settings.setdefault("ends", sentence_ends(tokenizer))
     if name == "distil" and "teacher" not in settings:
         raise VesaliusError("objective 'distil' needs a teacher: the name or folder of a model")
     return made(needs, **settings)

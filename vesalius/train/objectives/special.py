@@ -59,6 +59,22 @@ def require(needs: Needs, name: str, why: str) -> int:
     return needs.special[name]
 
 
+def one_token(tokenizer: Any, word: str, after: str = "") -> int:
+    """The id of a word that is one token at the beginning of a text, or after another word and a space.
+
+    Raises:
+        VesaliusError: if it is several tokens there, or unknown.
+    """
+    before = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+    ids = tokenizer(f"{after} {word}" if after else word, add_special_tokens=False)["input_ids"]
+    if len(ids) != len(before) + 1 or ids[: len(before)] != before or ids[-1] == tokenizer.unk_token_id:
+        raise VesaliusError(
+            f"'{word}' is {tokenizer.convert_ids_to_tokens(ids[len(before) :])} in this tokenizer, and one known "
+            "token is needed; choose another word"
+        )
+    return int(ids[-1])
+
+
 def sentinel_ids(needs: Needs) -> NDArray[np.int64]:
     """Ids of sentinels 0, 1, ... in order."""
     found: list[int] = []

@@ -1,0 +1,124 @@
+"""Forgetting is measured where it happened, where it carries over, and where it spills; hidden is not gone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import VOCAB, tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from vesalius.change.audit import (
+    AuditPlan,
+    Item,
+    ask,
+    forget_ratio,
+    halves,
+    matrix,
+    predictors,
+    random_labels,
+    read_items,
+    still_there,
+    unlearn,
+)
+from vesalius.errors import VesaliusError
+from vesalius.model import Model
+
+YES, NO = " w1", " w2"
+
+
+def worded() -> Model:
+    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
+    return Model.wrap(tiny("llama").hf, made, name="llama")
+
+
+def tasks() -> list[Item]:
+    """`rule`: a word below 50 means yes, above no. `learnt`: pairs of words with answers drawn by chance."""
+    drawn = np.random.default_rng(0)
+    rule = [Item("rule", f"w3 w{n}", (YES, NO), int(n >= 50)) for n in range(10, 90)]
+    pairs = [(int(a), int(b)) for a in range(10, 18) for b in range(20, 24)]
+    learnt = [Item("learnt", f"w4 w{a} w{b}", (YES, NO), int(drawn.integers(2))) for a, b in pairs]
+    return [*rule, *learnt]
+
+
+@pytest.fixture(scope="module")
+def knowing() -> Model:
+    """A model that was trained on both."""
+    model = worded()
+    unlearn(model, tasks(), AuditPlan(steps=400, rows=32, lr=3e-3))
+    return model
+
+
+def test_a_rule_is_forgotten_as_a_whole_and_facts_one_by_one(knowing: Model) -> None:
+    before = {n: p.detach().clone() for n, p in knowing.hf.named_parameters()}
+    found = matrix(knowing, tasks(), AuditPlan(steps=60, rows=16, lr=5e-4)).set_index(["forgot", "asked", "items"])
+    assert (found["before"] > 0.95).all()
+    assert found.loc[("rule", "rule", "held out"), "ratio"] >= 0.75  # paper: 0.8 and 0.2, here with 40 and 16 items
+    assert found.loc[("learnt", "learnt", "trained"), "ratio"] >= 0.5
+    assert found.loc[("learnt", "learnt", "held out"), "ratio"] <= 0.2
+    assert all(torch.equal(before[n], p) for n, p in knowing.hf.named_parameters())
+    told = predictors(knowing, tasks(), found.reset_index())
+    assert told["task"].tolist() == ["rule", "learnt", "rank correlation"]
+
+
+def test_a_probe_still_reads_what_is_no_longer_said(knowing: Model) -> None:
+    rule = [i for i in tasks() if i.task == "rule"]
+    train, held = halves(tasks(), "rule", 0)
+    edit, _ = unlearn(knowing, random_labels(train, 0), AuditPlan(steps=60, rows=16, lr=2e-3))
+    said = ask(knowing, held).right.mean()
+    table = still_there(knowing, rule)
+    edit.undo(knowing)
+    known = still_there(knowing, rule)
+    assert table["accuracy"].max() >= 0.9 * known["accuracy"].max() > table["control"].max() + 0.2
+    assert table["accuracy"].max() > said
+
+
+def test_answers_are_the_likeliest_texts() -> None:
+    model = worded()
+    items = [Item("t", "w5 w6", (" w7 w8", " w9"), 0), Item("t", "w6", (" w9", " w7"), 1)]
+    found = ask(model, items)
+    for row, item in enumerate(items):
+        scores = []
+        for choice in item.choices:
+            ids = [int(w[1:]) for w in f"{item.prompt}{choice}".split()]
+            n = len(item.prompt.split())
+            log_p = model.hf(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(float(log_p[t - 1, ids[t]]) for t in range(n, len(ids))))
+        assert found.chosen[row] == int(np.argmax(scores))
+        p = np.exp(scores) / np.exp(scores).sum()
+        assert found.confidence[row] == pytest.approx(p.max(), rel=1e-4)
+
+
+def test_ratios_and_entropy() -> None:
+    yes, no = np.ones(40, bool), np.zeros(40, bool)
+    half = np.arange(40) % 2 == 0
+    assert forget_ratio(yes, yes, 0.5)[0] == 0 and forget_ratio(yes, half, 0.5)[0] == pytest.approx(1)
+    ratio, low, high = forget_ratio(yes, np.arange(40) % 4 != 0, 0.5)
+    assert low < ratio < high and ratio == pytest.approx(0.5)
+    assert np.isnan(forget_ratio(no, no, 0.5)[0])
+    labels = random_labels(tasks(), 1)
+    assert labels == random_labels(tasks(), 1) and 0.3 < np.mean([i.answer for i in labels]) < 0.7
+
+
+def test_bad_files_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "items.jsonl"
+    good = {"task": "t", "prompt": "w1", "choices": ["a", "b"], "answer": 1}
+    for row, why in (
+        ({**good, "answer": 2}, "line 1: answer 2 is no number of a choice, 0 to 1"),
+        ({**good, "answer": True}, "answer True"),
+        ({**good, "choices": ["a"]}, "fewer than two choices"),
+        ({**good, "prompt": 5}, "no prompt"),
+        (good, "task 't' has 1 items; at least 8 are needed"),
+    ):
+        file.write_text(json.dumps(row))
+        with pytest.raises(VesaliusError, match=why):
+            read_items(file)
+    file.write_text("\n".join(json.dumps({**good, "prompt": f"w{i}"}) for i in range(8)))
+    assert len(read_items(file)) == 8

@@ -1,0 +1,1 @@
+"""Models put to use: text written under rules."""

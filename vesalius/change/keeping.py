@@ -1,0 +1,166 @@
+"""What a change leaves: an ordinary checkpoint with its story, delivered where the user wants it, and the way back.
+
+    FOLDER/vesalius.json     what was done, to which model (name, spec, fingerprint, sha256), by which request, the card
+    FOLDER/edit/             before and after of the weights that changed, where that is less than a copy of the model
+
+The way back is exact: an `edit/` is undone to the bit, and where there is none the model it was made of is fetched
+again, its sha256 compared, and copied.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vesalius import checkpoints
+from vesalius.change.edit import NOTE, Edit
+from vesalius.errors import ModelError, RunError, VesaliusError
+from vesalius.model import Model
+from vesalius.model.saving import RECORD, new_folder, origin_of, save_model
+from vesalius.records import dump, plain, read_json
+
+EDIT = "edit"
+
+
+def keep_change(
+    changed: Model,
+    base: Model,
+    folder: str | Path,
+    change: str,
+    request: Mapping[str, Any],
+    card: pd.DataFrame | None = None,
+    edit: Edit | None = None,
+    more: Callable[[Path], object] | None = None,
+) -> Path:
+    """Writes a changed model with its story.
+
+    Args:
+        changed: the model. base: what it was made of. folder: new, or empty. change: what was done, `prune`.
+        request: how, as the run records it. card: before and after. edit: the way back, if it is worth keeping.
+    """
+    told = {
+        "change": change,
+        "of": origin_of(base) | {key: str(base.origin.get(key, "")) for key in ("sha256", "from")},
+        "request": plain(dict(request)),
+        "card": [] if card is None else plain(card.to_dict("records")),
+        "undo": "edit" if edit is not None else "base",
+    }
+
+    def further(part: Path) -> None:
+        if edit is not None:
+            edit.save(part / EDIT)
+        if more is not None:
+            more(part)
+
+    return save_model(changed, folder, told, further)
+
+
+def keep_files(
+    made: Path,
+    folder: Path,
+    change: str,
+    of: Sequence[Mapping[str, Any]],
+    request: Mapping[str, Any],
+    card: pd.DataFrame,
+) -> Path:
+    """As `keep_change`, of a checkpoint that lies in files already. of: the base first, then what else went in."""
+    told = {
+        "change": change, "of": dict(of[0]), "with": [dict(x) for x in of[1:]], "request": plain(dict(request)),
+        "card": plain(card.to_dict("records")), "undo": "base",
+    }  # fmt: skip
+
+    def fill(part: Path) -> None:
+        _copied(made, part)
+        (part / RECORD).write_bytes(dump(told))
+
+    return checkpoints.write(new_folder(folder), fill, "free some space, or choose another folder")
+
+
+def _copied(source: Path, target: Path) -> None:
+    """The files of a checkpoint in another folder; no links, since what is written into one would change the other."""
+    for file in sorted(p for p in source.rglob("*") if p.is_file() and p.name != checkpoints.MANIFEST):
+        to = target / file.relative_to(source)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, to)
+
+
+def deliver(source: Path, out: Path | None) -> Path:
+    """The checkpoint of a run, copied to where the user wants it; or where it is.
+
+    Raises:
+        VesaliusError: if something else is there.
+    """
+    if out is None:
+        return source
+    there = (out / checkpoints.MANIFEST).exists() and not checkpoints.troubles(out)
+    if there and checkpoints.manifest(out) == checkpoints.manifest(source):
+        return out
+    place = new_folder(out)
+
+    return checkpoints.write(place, lambda part: _copied(source, part), "free some space, or choose another folder")
+
+
+def story_of(folder: str | Path) -> dict[str, Any]:
+    """What was done to the model in a folder.
+
+    Raises:
+        RunError: if the folder has no story.
+    """
+    place = Path(folder)
+    if not (place / RECORD).is_file():
+        raise RunError(f"'{place}' has no {RECORD}: it is no model that Vesalius changed; name the folder of one")
+    return read_json(place / RECORD, "name the folder of a changed model")
+
+
+def base_of(folder: str | Path) -> str:
+    """What opens the model that a changed one was made of, after its sha256 was compared.
+
+    Raises:
+        ModelError: if it is not told, not there, or another one now.
+    """
+    from vesalius.model.sources import resolve
+
+    of = story_of(folder).get("of", {})
+    spec, expected = str(of.get("spec", "")), str(of.get("sha256", ""))
+    if not spec or not expected:
+        raise ModelError(f"{folder} does not say which files it was made of, so they cannot be found again")
+    try:
+        found = resolve(spec)
+    except VesaliusError as error:
+        raise ModelError(f"{folder} was made of {spec}, which cannot be opened now: {error}") from error
+    if found.sha256 != expected:
+        raise ModelError(
+            f"{folder} was made of {spec} when its weights had sha256 {expected[:16]}...; now they have "
+            f"{found.sha256[:16]}...: put the old files back"
+        )
+    return spec
+
+
+def restore(folder: str | Path, out: str | Path) -> Path:
+    """Writes the model that a changed one was made of, to the bit.
+
+    Args:
+        folder: of the changed model. out: new, or empty.
+
+    Raises:
+        VesaliusError: if the way back leads through a model that is not there, or is another one now.
+    """
+    import vesalius
+    from vesalius.model.sources import resolve
+
+    place = Path(folder)
+    story_of(place)
+    target = new_folder(out)
+    if (place / EDIT / NOTE).is_file():
+        model = vesalius.open(str(place), dtype="auto")
+        Edit.load(place / EDIT).undo(model)
+        return save_model(model, target)
+    found = resolve(base_of(place))
+
+    return checkpoints.write(
+        target, lambda part: _copied(found.folder, part), "free some space, or choose another folder"
+    )

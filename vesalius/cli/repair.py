@@ -1,0 +1,132 @@
+"""`vesalius repair`: a fault repaired in the few blocks that feel it, or loops taken out of a model."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vesalius.cli import changing as c
+from vesalius.cli import options as o
+from vesalius.cli.console import Screen, set_threads
+from vesalius.errors import VesaliusError
+from vesalius.runs import Run
+
+FAULT_PANEL = "The fault"
+TRAIN_PANEL = "Training"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("repair")(repair)
+
+
+def repair(
+    model: o.ModelName = o.MODEL_DEFAULT,
+    bad: Annotated[
+        Path | None,
+        typer.Option(
+            "--bad",
+            help=".jsonl of prompt, good, bad: what should follow, what should not.",
+            rich_help_panel=FAULT_PANEL,
+        ),
+    ] = None,
+    loops: Annotated[
+        bool,
+        typer.Option("--loops", help="Repair sentence-level repetition instead (DITTO).", rich_help_panel=FAULT_PANEL),
+    ] = False,
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep",
+            help="Plain text that must not move: a name of `vesalius corpora`, a file or a folder.",
+            rich_help_panel=FAULT_PANEL,
+        ),
+    ] = "foldoc",
+    keep_rows: Annotated[int, typer.Option("--keep-rows", min=2, help="Rows of it.", rich_help_panel=FAULT_PANEL)] = 64,
+    loss: Annotated[
+        str, typer.Option("--loss", help="sft, unlikelihood or dpo; chosen by the file.", rich_help_panel=TRAIN_PANEL)
+    ] = "",
+    how: Annotated[
+        str, typer.Option("--how", help="dynamic, fixed, random or all blocks.", rich_help_panel=TRAIN_PANEL)
+    ] = "dynamic",
+    size: Annotated[
+        str,
+        typer.Option(
+            "--size", help="Sensitivity by size, raw, or less that of neutral text.", rich_help_panel=TRAIN_PANEL
+        ),
+    ] = "size",
+    k: Annotated[int, typer.Option("--k", min=1, help="Blocks trained at a step.", rich_help_panel=TRAIN_PANEL)] = 2,
+    leash: Annotated[
+        float, typer.Option("--leash", help="Weight of the divergence on plain text.", rich_help_panel=TRAIN_PANEL)
+    ] = 1.0,
+    gamma: Annotated[
+        float,
+        typer.Option(
+            "--gamma", help="Of --loops: what a repeat may keep of its probability.", rich_help_panel=TRAIN_PANEL
+        ),
+    ] = 0.5,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates.", rich_help_panel=TRAIN_PANEL)] = 60,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Examples of one.", rich_help_panel=TRAIN_PANEL)] = 8,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=TRAIN_PANEL)] = 5e-5,
+    card_text: c.CardText = "foldoc",
+    card_rows: c.CardRows = 32,
+    card_tasks: c.CardTasks = c.CARD_TASKS,
+    card_n: c.CardN = 64,
+    timed: c.Timed = False,
+    seed: o.Seed = 0,
+    out: c.OutModel = None,
+    runs: c.Runs = None,
+    as_json: o.AsJson = False,
+    fresh: o.Fresh = False,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    trust_remote_code: o.Trust = False,
+    threads: o.Threads = None,
+) -> None:
+    """Repair a fault where it is felt: at every step only the most sensitive blocks are trained, on a leash.
+
+    A quarter of the examples is held out and tells how well the repair carries over; beside it stands the whole model
+    trained on the same examples. With --loops the model is trained to believe repeated sentences less and less, and
+    greedy continuations tell how many loops are left. Leaves an ordinary checkpoint, its undo, and a report.
+    """
+    from vesalius.change.faults import RepairPlan, read_faults
+    from vesalius.change.repetition import DittoPlan
+    from vesalius.cli.repair_work import Work
+    from vesalius.corpus import documents
+    from vesalius.model.saving import new_folder
+    from vesalius.records import sha256
+
+    screen = Screen(as_json)
+    set_threads(threads)
+    if (bad is None) != loops:
+        raise VesaliusError("give --bad FILE (examples of a fault) or --loops (repetition), one of the two")
+    for corpus in {keep, card_text}:
+        documents(corpus)
+    faults = [] if bad is None else read_faults(bad)
+    if bad is not None and len(faults) < 4:
+        raise VesaliusError(f"{bad} holds {len(faults)} examples; at least 4 are needed, a quarter is held out")
+    kind = loss or ("dpo" if all(f.good and f.bad for f in faults) else "sft" if all(f.good for f in faults)
+                    else "unlikelihood")  # fmt: skip
+    plan: Any = DittoPlan(steps, rows, lr, gamma, seed=seed)
+    if bad is not None:
+        plan = RepairPlan(steps, rows, lr, k, how, size, kind, leash, seed=seed)  # type: ignore[arg-type]
+    opened = c.causal(screen, model, dtype, device, trust_remote_code, "causal language models are repaired")
+    request = {
+        "command": "repair", "model": opened.name, "fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
+        "bad": "" if bad is None else sha256(bad), "loops": loops, "keep": keep, "keep_rows": keep_rows,
+        "plan": {k: v for k, v in vars(plan).items()}, "card_text": card_text, "card_rows": card_rows,
+        "card_tasks": o.listed(card_tasks), "card_n": card_n, "timed": timed, "seed": seed,
+        "card_skip": keep_rows if keep == card_text else 0,
+    }  # fmt: skip
+    command = "vesalius " + shlex.join(sys.argv[1:])
+    with Run.start(request, runs, fresh, command) as run:
+        if out is not None and not run.done:
+            new_folder(out)
+        if not run.done:
+            work = Work(screen, run, opened, plan, request, command)
+            work.loops() if loops else work.fault(faults)
+    c.finish(screen, run, out)
