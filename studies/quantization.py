@@ -80,23 +80,22 @@ def main() -> None:
     """Runs what is not there yet, and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a rehearsal with less text")
-    parser.add_argument("--models", default=",".join(MODELS), help="with commas between")
-    parser.add_argument("--methods", default=",".join(WAYS), help="with commas between")
+    every = ",".join(f"{model}:{method}" for model in MODELS for method in WAYS)
+    parser.add_argument("--only", default=every, help="some of MODEL:METHOD, with commas between")
     asked = parser.parse_args()
     costs: list[list[Any]] = []
     speeds: list[list[Any]] = []
     lens: list[str] = []
     claims: list[list[Any]] = []
-    for spec in asked.models.split(","):
-        name = MODELS[spec]
-        for method in asked.methods.split(","):
-            way, options = WAYS[method]
-            told = run(f"quantize --model {spec} --method {method} {options}{QUICK if asked.quick else SIZE}")
-            found = Run.open(told["run"])
-            costs += cost(name, way, told, found.table("card"))
-            if method == "llm-int8":
-                more, times, text = llm_int8(name, spec, found, asked.quick)
-                claims, speeds, lens = claims + more, speeds + times, [*lens, text]
+    for pair in asked.only.split(","):
+        spec, method = pair.split(":")
+        name, (way, options) = MODELS[spec], WAYS[method]
+        told = run(f"quantize --model {spec} --method {method} {options}{QUICK if asked.quick else SIZE}")
+        found = Run.open(told["run"])
+        costs += cost(name, way, told, found.table("card"))
+        if method == "llm-int8":
+            more, times, text = llm_int8(name, spec, found, asked.quick)
+            claims, speeds, lens = claims + more, speeds + times, [*lens, text]
     body = [
         WHAT + table(["model", "way", "perplexity", "change", "KL, nats", "bytes", "in whole numbers"], costs),
         "The weights of both models come from 4-bit files: what is said of weights alone would look too good; inputs "
@@ -104,6 +103,9 @@ def main() -> None:
         "## What was asked\n" + table(["asked", "came out", ""], claims),
         "## Outlier channels\n" + "\n".join(lens),
     ]
+    left = [p for p in every.split(",") if p not in asked.only.split(",")]
+    if left:
+        body.insert(1, f"Not measured this time: {', '.join(left)}.")
     if speeds:
         body.append(SPEED + table(["model", "numbers", "reading 256", "writing one"], speeds))
     write("change-quantization", "Change: quantization", "python studies/quantization.py", *body)
