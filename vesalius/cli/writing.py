@@ -58,7 +58,7 @@ class Recorder:
                 continue
             for reason in step.stack.why(first.row, token)[:1]:
                 after = self.vocabulary.text(first.row[-12:])[-30:]
-                text = self.vocabulary.texts[token] or self.vocabulary.none(token)
+                text = (self.vocabulary.texts[token] or self.vocabulary.none(token)).replace("\n", "\u21b5")
                 self.barred.append(
                     {"step": at, "after": after, "token": text, "share": float(share[token]), "rule": reason.rule,
                      "reason": reason.reason, "row": len(first.prompt)}

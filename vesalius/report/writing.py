@@ -15,6 +15,8 @@ from vesalius.report import charts, tables
 from vesalius.report.page import Page, Section, record, warnings, write
 from vesalius.runs import Run
 
+DRAWN = 4  # texts on the chart
+
 
 def writing_report(run: Run) -> Path:
     """Draws the run as one offline HTML file in its folder."""
@@ -46,6 +48,7 @@ def _steps(run: Run) -> list[Section]:
     if found is None:
         return []
     title = "How much was allowed"
+    found = found[found["text"] < DRAWN]
     data: Any = found.assign(share=found["allowed"] / found["vocabulary"], text=found["text"].astype(str))
     chart = charts.lines(data, "step", "share", ("token", "share of the vocabulary"), title, "text", from_zero=True)
     read = "the share of the vocabulary that might have come at each token; small inside words that must be ended."
