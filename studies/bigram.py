@@ -125,11 +125,11 @@ def planted(size: Size) -> tuple[list[str], list[list[Any]]]:
         "## A model whose bigrams are known",
         f"`vesalius train --preset markov` ({size.train} steps): two layers, tied embeddings; nine tenths of the text "
         "are a Markov chain of 48 symbols, the rest spans of 8 symbols written twice. "
-        f"`vesalius subnetwork {options.replace(str(root), 'RUN')} --strength {strength:g}`: of the strengths tried the "
-        "largest that keeps 95 % of the model's own r with the table, or the best r within a fifth of the weights.",
+        f"`vesalius subnetwork {options.replace(str(root), 'RUN')} --strength {strength:g}`: of the strengths tried "
+        "the largest that keeps 95 % of the model's own r with the table, or the best r within a fifth of the weights.",
         table(
             ["strength", "weights", "r with the table"],
-            [[f"{s:g}", f"{float(t['share']):.1%}", f"{variants(t)['r']['subnetwork']:.3f}"] for s, t in tried.items()],
+            [[f"{s:g}", f"{t['share']:.1%}", f"{variants(t)['r']['subnetwork']:.3f}"] for s, t in tried.items()],
         ),
         table(HEADS, rows_of(means)),
         table(
