@@ -395,8 +395,8 @@ def main() -> None:
         f"Asked: a rate of 0.95 or more guided, 0.50 +- 0.05 unguided, perplexity at most 1.5 times the base's "
         f"(came out {', '.join(f'{r:.2f}' for r in ratio)}), at most 2 guide passes a token, and a "
         "lower perplexity than the guide writing alone at an equal rate.\n",
-        "One seed, lam 0.5, learning rate 2e-3: the third setting tried; with lam 0.8 (at 3e-4 for 120 steps, and at 2e-3 "
-        "for 250) the guide told no topic from another.\n",
+        "One seed, lam 0.5, learning rate 2e-3: the third setting tried; with lam 0.8 (at 3e-4 for 120 steps, and at "
+        "2e-3 for 250) the guide told no topic from another.\n",
         f"Topics, made binary: the guide starts from the base ({topical['steps']} steps) and never saw the code "
         f"'{HELD_OUT}'; it takes {topical['accuracy']:.0%} of its last training texts for what they are. A rate is the "
         "share of the topic's nouns among all nouns (asked: for the code held out, at least three times the base's):\n",
