@@ -14,12 +14,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "studies"
 RESULTS = ROOT / "docs" / "results"
+CHANGING = ("prune", "quantize", "merge", "repair", "forget", "distil")
 
 
 def run(arguments: str) -> dict[str, Any]:
     """The result of `vesalius ARGUMENTS --json`; a finished run is found again, a refusal ends the study."""
     print(f"vesalius {arguments}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "vesalius", *arguments.split(), "--json", "--out", str(RUNS)]
+    place = "--runs" if arguments.split()[0] in CHANGING else "--out"  # a change's --out is the new model
+    command = [sys.executable, "-m", "vesalius", *arguments.split(), "--json", place, str(RUNS)]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:
