@@ -23,6 +23,7 @@ from vesalius.change.audit import (
     random_labels,
     read_items,
     still_there,
+    teach,
     unlearn,
 )
 from vesalius.errors import VesaliusError
@@ -52,7 +53,7 @@ def tasks() -> list[Item]:
 def knowing() -> Model:
     """A model that was trained on both."""
     model = worded()
-    unlearn(model, tasks(), AuditPlan(steps=400, rows=32, lr=3e-3))
+    teach(model, tasks(), AuditPlan(steps=400, rows=32, lr=3e-3))
     return model
 
 
@@ -60,7 +61,7 @@ def test_a_rule_is_forgotten_as_a_whole_and_facts_one_by_one(knowing: Model) -> 
     before = {n: p.detach().clone() for n, p in knowing.hf.named_parameters()}
     found = matrix(knowing, tasks(), AuditPlan(steps=60, rows=16, lr=5e-4)).set_index(["forgot", "asked", "items"])
     assert (found["before"] > 0.95).all()
-    assert found.loc[("rule", "rule", "held out"), "ratio"] >= 0.75  # paper: 0.8 and 0.2, here with 40 and 16 items
+    assert found.loc[("rule", "rule", "held out"), "ratio"] >= 0.8
     assert found.loc[("learnt", "learnt", "trained"), "ratio"] >= 0.5
     assert found.loc[("learnt", "learnt", "held out"), "ratio"] <= 0.2
     assert all(torch.equal(before[n], p) for n, p in knowing.hf.named_parameters())
@@ -71,13 +72,29 @@ def test_a_rule_is_forgotten_as_a_whole_and_facts_one_by_one(knowing: Model) -> 
 def test_a_probe_still_reads_what_is_no_longer_said(knowing: Model) -> None:
     rule = [i for i in tasks() if i.task == "rule"]
     train, held = halves(tasks(), "rule", 0)
-    edit, _ = unlearn(knowing, random_labels(train, 0), AuditPlan(steps=60, rows=16, lr=2e-3))
+    edit, _ = unlearn(knowing, train, AuditPlan(steps=60, rows=16, lr=2e-3))
     said = ask(knowing, held).right.mean()
     table = still_there(knowing, rule)
     edit.undo(knowing)
     known = still_there(knowing, rule)
     assert table["accuracy"].max() >= 0.9 * known["accuracy"].max() > table["control"].max() + 0.2
     assert table["accuracy"].max() > said
+
+
+def test_forgetting_goes_on_until_what_is_trained_on_is_at_chance(knowing: Model) -> None:
+    """A short round leaves most of a task; rounds follow until it is gone, and no longer."""
+    train, _ = halves(tasks(), "rule", 0)
+    drawn = np.mean([a.answer == b.answer for a, b in zip(train, random_labels(train, 0), strict=True)])
+    left = {}
+    for rounds in (1, 60):
+        edit, log = unlearn(knowing, train, AuditPlan(steps=10, rows=16, lr=3e-4, rounds=rounds))
+        left[rounds] = (ask(knowing, train).right.mean(), len(log) / 10)
+        assert log["step"].is_unique
+        edit.undo(knowing)
+    assert left[1][0] > max(0.5, drawn) + 0.05 >= left[60][0]
+    assert left[1][1] == 1 and 1 < left[60][1] < 60
+    with pytest.raises(VesaliusError, match="0 rounds"):
+        AuditPlan(rounds=0)
 
 
 def test_answers_are_the_likeliest_texts() -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from families import VOCAB, some_ids, tiny
 from widening import widened
 
+import vesalius
 from vesalius.build import Architecture, build
 from vesalius.change import cut
 from vesalius.change.prune import budget, choose
-from vesalius.change.ranking import RANKINGS, by_part
+from vesalius.change.ranking import RANKINGS, by_part, from_run
 from vesalius.errors import VesaliusError
 from vesalius.model import Model
 from vesalius.model.weights import matrix
 from vesalius.parts import Part
+from vesalius.runs import Run
 
 GROUPS, NEURONS = (1,), (0, 9, 50)
 
@@ -140,3 +144,16 @@ def test_a_finding_that_does_not_know_the_parts_is_refused() -> None:
         budget(model, 1e-6)
     with pytest.raises(VesaliusError, match="let heads go too"):
         budget(model, 0.9, "keep")
+
+
+def test_a_finding_of_the_same_files_in_another_precision_is_taken(tmp_path: Path) -> None:
+    tiny("llama").hf.to(torch.bfloat16).save_pretrained(tmp_path / "files")
+    tiny("llama", seed=1).hf.save_pretrained(tmp_path / "others")
+    read = vesalius.open(str(tmp_path / "files"), dtype="float32")
+    with Run.start({"command": "circuit", "dtype": "float32"}, tmp_path / "runs") as run:
+        run.save_scores("scores", RANKINGS.get("random")(read, some_ids()))
+    changed = vesalius.open(str(tmp_path / "files"), dtype="auto")
+    assert changed.fingerprint != read.fingerprint
+    assert from_run(changed, run.folder).values.tolist() == run.scores().values.tolist()
+    with pytest.raises(VesaliusError, match="another one"):
+        from_run(vesalius.open(str(tmp_path / "others")), run.folder)

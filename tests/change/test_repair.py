@@ -156,7 +156,7 @@ def test_rows_are_prompt_and_continuation() -> None:
 def test_bad_input_is_told(tmp_path: Path) -> None:
     file = tmp_path / "bad.jsonl"
     for text, why in (
-        ("", "holds no example"),
+        ("", "holds no line"),
         ("{", "line 1: not JSON"),
         ('{"good": "w1"}\n[1]', "line 2: a list where an object is needed"),
         ('{"good": 5}', "line 1: something is no text"),

@@ -11,11 +11,11 @@ import torch
 from families import VOCAB, some_ids, tiny
 
 from vesalius.build.planted import planted
-from vesalius.change.learning import TextRows, learn
 from vesalius.change.repetition import DittoPlan, Repeated, break_loops, has_loop, reinforcement
 from vesalius.corpus.batches import Batch
 from vesalius.errors import VesaliusError
 from vesalius.model import Model
+from vesalius.train.learning import TextRows, learn
 from vesalius.train.objectives import IGNORED, Needs, make_objective
 from vesalius.train.objectives.ditto import Repeats, repeated
 

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from vesalius.build import Architecture
-from vesalius.change.cut import _slices
+from vesalius.change.cut import slices
 from vesalius.model import Model
 from vesalius.model.weights import matrix
 
@@ -40,7 +40,7 @@ def widened(model: Model, groups: tuple[int, ...], neurons: tuple[int, ...], n_k
                 p.copy_(before[name])
         for new, old in zip(wide.anatomy.main.blocks, a.main.blocks, strict=True):
             old_modules = {id(n): o for n, o in zip(new.module.modules(), old.module.modules(), strict=True)}
-            for module, out, inner in _slices(wide.anatomy, new, old_heads, old_neurons):
+            for module, out, inner in slices(wide.anatomy, new, old_heads, old_neurons):
                 weight = matrix(module)
                 reads = "o" if module is new.o else "down" if module is new.down else ""
                 silent = module in (new.projections["v"], *wide.anatomy.mlp_readers(new))

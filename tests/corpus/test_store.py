@@ -132,6 +132,9 @@ def test_a_split_is_by_text_whatever_the_order(tmp_path: Path, store: TokenStore
     assert np.array_equal(train.at(places), whole) and train.fingerprint != store.fingerprint
     with pytest.raises(CorpusError, match="holds out nothing"):
         store.split(0.0)
+    alone = TokenStore.build(texts()[:1] * 3, tokenizer(), tmp_path / "one")
+    with pytest.raises(CorpusError, match="all documents are one text \\(3\\)"):
+        alone.split(0.5)
 
 
 def test_dolma_and_megatron_layouts_read_by_others_and_back(tmp_path: Path, store: TokenStore) -> None:

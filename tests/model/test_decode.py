@@ -65,6 +65,20 @@ def test_reading_on_going_back_and_choosing_rows_equal_a_whole_pass(family):
     assert torch.allclose(reader.read(again[:, 9:]), model.logits(again)[:, -1], atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "opt"])
+def test_after_going_back_only_what_is_new_is_read(family):
+    model, ids, read = tiny(family), some_ids(3, 14), []
+    handle = model.hf.get_input_embeddings().register_forward_pre_hook(lambda m, args: read.append(args[0].shape[1]))
+    reader = Reader(model)
+    reader.read(ids[:, :9])
+    reader.crop(5)
+    reader.read(ids[:, 5:14])
+    reader.select([2, 0, 0])
+    reader.read(ids[[2, 0, 0], :1])
+    handle.remove()
+    assert read == [9, 9, 1]
+
+
 @pytest.mark.parametrize("family", SEVERAL)
 def test_rows_padded_on_the_left_read_as_each_alone(family):
     model, rows = tiny(family), [some_ids(1, n, n)[0].tolist() for n in (4, 7, 6)]

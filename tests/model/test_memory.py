@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import tiny
+from families import some_ids, tiny
 from pairs import random_pairs
 
 from vesalius.errors import OutOfMemory, VesaliusError
 from vesalius.model import Model, Pairs, Site
 from vesalius.model.gradients import Differences
-from vesalius.model.memory import memory_errors
+from vesalius.model.memory import Tally, memory_errors
 from vesalius.model.sweep import embedded, metric_values, record, trunk
 
 OUT = [
@@ -85,3 +85,27 @@ def test_nothing_happens_when_nothing_does() -> None:
     with memory_errors():
         value = 3
     assert value == 3
+
+
+def test_a_tally_counts_what_is_alive_at_once() -> None:
+    weight = torch.ones(1000)
+    layer = torch.nn.ParameterList([weight])
+    with Tally(layer) as tally, torch.no_grad():
+        first = weight * 2
+        assert tally.now == tally.peak == 4000
+        view = first[:10].view(5, 2)
+        del first
+        assert tally.now == 4000  # the view holds it
+        second = view.reshape(10).repeat(10) + weight[:100]
+        assert tally.peak == 4000 + 2 * 400 and tally.now == 4400
+        del view, second
+        assert tally.now == 0 and weight.view(10, 100).sum() == 1000
+
+
+def test_a_models_peak_grows_with_what_it_reads_not_with_its_weights() -> None:
+    model, peaks = tiny("llama").hf, []
+    for length in (8, 8, 16):
+        with Tally(model) as tally, torch.no_grad():
+            model(some_ids(1, length), use_cache=False)
+        peaks.append(tally.peak)
+    assert peaks[0] == peaks[1] and 1.9 * peaks[0] < peaks[2] < sum(p.nbytes for p in model.parameters())

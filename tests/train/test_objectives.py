@@ -320,18 +320,23 @@ def test_prompted_encoder_decoder_splits_prompt_and_answer():
     assert make_objective("prompted", CAUSAL).sample(turns, 0).count() == 4 * 4
 
 
+def weighed(batch, needs, student, **settings):
+    """The loss of `distil` and its sample, with hidden states as the trainer asks for them."""
+    objective = make_objective("distil", needs, **settings)
+    sample = objective.sample(batch, 0)
+    return objective.loss(student(**sample.inputs, **objective.asks), sample), sample
+
+
 def test_distil():
     student, teacher = tiny_hf("llama"), tiny_hf("llama", seed=1)
     batch = a_batch(kind="padded")
 
     def loss(of, **settings):
-        objective = make_objective("distil", CAUSAL, **settings)
-        sample = objective.sample(batch, 0)
-        return objective.loss(of(**sample.inputs), sample), sample
+        return weighed(batch, CAUSAL, of, **{"cosine": 0.0, **settings})
 
-    own, sample = loss(student, teacher=tiny_hf("llama"), alpha=1.0, temperature=3.0)
+    own, sample = loss(student, teacher=tiny_hf("llama"), hard=0.0, temperature=3.0)
     assert float(own.total.detach()) == pytest.approx(0, abs=1e-3)
-    half, _ = loss(student, teacher=teacher, alpha=0.25, temperature=2.0)
+    half, _ = loss(student, teacher=teacher, soft=0.25, hard=0.75)
     valid = sample.targets != IGNORED
     mine, theirs = student(**sample.inputs).logits[valid], teacher(**sample.inputs).logits[valid]
     divergence = torch.nn.functional.kl_div(
@@ -339,13 +344,54 @@ def test_distil():
     )
     nll = torch.nn.functional.cross_entropy(mine, sample.targets[valid], reduction="sum")
     assert torch.allclose(half.total, 0.75 * nll + 0.25 * 4 * divergence, rtol=1e-5)
-    two, _ = loss(student, teacher=[teacher, teacher], alpha=0.25, temperature=2.0)
+    two, _ = loss(student, teacher=[teacher, teacher], soft=0.25, hard=0.75)
     assert torch.allclose(two.total, half.total)
     assert not any(p.requires_grad for p in teacher.parameters())
     with pytest.raises(VesaliusError, match="vocabulary"):
         loss(student, teacher=lambda s: torch.zeros(4, 32, 5))
     with pytest.raises(VesaliusError, match="needs a teacher"):
         make_objective("distil", CAUSAL)
+    with pytest.raises(VesaliusError, match="give one, or cosine: 0"):
+        loss(student, teacher=lambda s: torch.zeros(4, 32, 5), cosine=1.0)
+    with pytest.raises(VesaliusError, match="all 0"):
+        loss(student, teacher=teacher, soft=0.0, hard=0.0)
+    with pytest.raises(VesaliusError, match="not a encoder-decoder one"):
+        make_objective("distil", SEQ2SEQ, teacher=teacher)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_distil_is_the_sum_of_three_terms(family, everywhere):
+    """Against sums over single tokens: hard words, soft words at T, and the direction of the last hidden states."""
+    student, teacher = tiny_hf(family), tiny_hf(family, seed=1)
+    masked = family == "bert"
+    text = {"word_start": STARTS} if masked else {}
+    batch, needs = a_batch(kind="padded"), MASKED if masked else CAUSAL
+    found, sample = weighed(batch, needs, student, teacher=teacher, text=text, everywhere=everywhere)
+    with torch.no_grad():
+        mine, theirs = (m(**sample.inputs, output_hidden_states=True) for m in (student, teacher))
+    read = sample.inputs["attention_mask"].bool() if masked else sample.targets != IGNORED
+    nll = soft = turned = 0.0
+    for row in range(len(sample)):
+        targets = [i for i in range(sample.targets.shape[1]) if int(sample.targets[row, i]) != IGNORED]
+        tokens = [i for i in range(sample.targets.shape[1]) if read[row, i]]
+        for i in targets:
+            nll -= float(mine.logits[row, i].log_softmax(-1)[sample.targets[row, i]])
+        wide = masked and everywhere
+        for i in tokens if wide else targets:
+            p, q = (x.logits[row, i].div(2).softmax(-1).double() for x in (theirs, mine))
+            soft += float((p * (p / q).log()).sum()) * (len(targets) / len(tokens) if wide else 1)
+        for i in tokens:
+            a, b = mine.hidden_states[-1][row, i].double(), theirs.hidden_states[-1][row, i].double()
+            turned += (1 - float(a @ b / (a.norm() * b.norm()))) * len(targets) / len(tokens)
+    assert float(found.logs["nll"]) == pytest.approx(nll, rel=1e-4)
+    assert float(found.logs["divergence"]) == pytest.approx(soft, rel=1e-4)
+    assert float(found.logs["cosine"]) == pytest.approx(turned, rel=1e-4)
+    assert float(found.total.detach()) == pytest.approx(2 * nll + 5 * 4 * soft + turned, rel=1e-4)
+    objective = make_objective("distil", needs, teacher=teacher, text=text, everywhere=everywhere)
+    parts = [sample[slice(i, i + 2)] for i in (0, 2)]
+    halves = [objective.loss(student(**p.inputs, **objective.asks), p).total.detach() for p in parts]
+    assert float(sum(halves)) == pytest.approx(float(found.total.detach()), rel=1e-5)  # no matter how rows are shared
 
 
 def test_masking_shares():

@@ -116,7 +116,7 @@ def test_rows_that_do_not_divide_are_refused() -> None:
 def test_a_loss_that_is_not_a_number_stops_the_run() -> None:
     trainer = trainer_of(model_of())
     trainer.model.transformer.wte.weight.data[:] = float("nan")
-    with pytest.raises(RunError, match="loss of step 0 is nan; lower optimizer.lr"):
+    with pytest.raises(RunError, match="loss of step 0 is nan; lower the learning rate"):
         trainer.step()
 
 

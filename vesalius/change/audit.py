@@ -1,6 +1,7 @@
 """Is a skill gone, or only hidden? Multiple-choice tasks are forgotten one after another, and all are asked again.
 
-A task is forgotten by training on random labels, drawn once for each item. Then, for every task,
+A task is forgotten by training on random labels, drawn once for each item, for so many steps, or in rounds until
+the items trained on are answered rightly no more often than by chance. Then, for every task,
 
     forget ratio = (accuracy before - accuracy after) / (accuracy before - chance)
 
@@ -25,18 +26,19 @@ from scipy import stats
 
 from vesalius.change.edit import Edit, recording
 from vesalius.change.faults import Fault, Faults, Repairing, RepairPlan
-from vesalius.change.learning import Tell, check_steps, learn
 from vesalius.errors import VesaliusError
 from vesalius.evaluate.shots import log_probs
 from vesalius.features.probes import probe
 from vesalius.features.vectors import states
 from vesalius.model import Model
-from vesalius.rows import jsonl_rows
+from vesalius.rows import read_jsonl
 from vesalius.scores import bootstrap_mean
+from vesalius.train.learning import Tell, check_steps, learn
 from vesalius.train.select import choose
 
 EXAMPLE = '{"task": "capitals", "prompt": "The capital of France is", "choices": [" Paris", " Rome"], "answer": 0}'
 FEWEST = 8  # items of a task: half are trained on, half held out
+CLOSE = 0.05  # to chance, at which a task counts as forgotten
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,11 @@ def read_items(path: str | Path) -> list[Item]:
     Raises:
         VesaliusError: naming the line at fault, or a task with too few items.
     """
-    place = Path(path)
-    try:
-        text = place.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise VesaliusError(f"{place} cannot be read ({error}); give a .jsonl file, such as {EXAMPLE}") from error
-    found = [_item(row, f"{place} line {number}") for number, row in jsonl_rows(str(place), text, example=EXAMPLE)]
+    found = [_item(row, where) for where, row in read_jsonl(path, EXAMPLE)]
     counts = {t: sum(i.task == t for i in found) for t in dict.fromkeys(i.task for i in found)}
     for task, n in counts.items():
         if n < FEWEST:
-            raise VesaliusError(
-                f"{place}: task '{task}' has {n} items; at least {FEWEST} are needed, half are held out"
-            )
-    if not found:
-        raise VesaliusError(f"{place} holds no item; write {EXAMPLE}")
+            raise VesaliusError(f"{path}: task '{task}' has {n} items; at least {FEWEST} are needed, half are held out")
     return found
 
 
@@ -115,15 +108,23 @@ def ask(model: Model, items: Sequence[Item]) -> Answers:
 
 @dataclass(frozen=True)
 class AuditPlan:
-    """How tasks are forgotten: updates, items of one, peak learning rate, seed of halves and labels."""
+    """How tasks are forgotten.
+
+    Attributes:
+        steps: updates of a round. rows: items of one. lr: peak learning rate. seed: of halves and labels.
+        rounds: at most so many, until what is trained on is answered at chance; the short ones stop in time.
+    """
 
     steps: int = 60
     rows: int = 8
     lr: float = 1e-4
     seed: int = 0
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         check_steps(self.steps, self.rows, self.lr)
+        if self.rounds < 1:
+            raise VesaliusError(f"{self.rounds} rounds of training are none; give 1 or more")
 
 
 def halves(items: Sequence[Item], task: str, seed: int) -> tuple[list[Item], list[Item]]:
@@ -143,14 +144,45 @@ def random_labels(items: Sequence[Item], seed: int) -> list[Item]:
 def unlearn(
     model: Model, items: Sequence[Item], plan: AuditPlan, tell: Tell = lambda what, share: None
 ) -> tuple[Edit, pd.DataFrame]:
-    """Trains a model on items as they are labelled, in place; returns the recorded edit and the log."""
+    """Trains a model on random labels of items, in place, round after round, until it answers them at chance.
+
+    Chance is that of the choices, or of the labels drawn, whichever is more often right.
+
+    Returns:
+        The recorded edit; one row a step.
+    """
+    labelled = random_labels(items, plan.seed)
+    drawn = np.mean([a.answer == b.answer for a, b in zip(items, labelled, strict=True)])
+    goal = max(chance_of(items), float(drawn)) + CLOSE
+    logs = list[pd.DataFrame]()
+    with recording(model, "unlearn") as recorder:
+        recorder.touch([n for n, _ in model.hf.named_parameters()], "trained on random labels")
+        while len(logs) < plan.rounds and (not logs or ask(model, items).right.mean() > goal):
+            log = _taught(model, labelled, replace(plan, seed=plan.seed + len(logs)), tell)
+            logs.append(log.assign(step=log["step"] + len(logs) * plan.steps))
+    return recorder.edit, pd.concat(logs, ignore_index=True)
+
+
+def chance_of(items: Sequence[Item]) -> float:
+    """Share of right answers of one who guesses."""
+    return float(np.mean([1 / len(i.choices) for i in items]))
+
+
+def teach(
+    model: Model, items: Sequence[Item], plan: AuditPlan, tell: Tell = lambda what, share: None
+) -> tuple[Edit, pd.DataFrame]:
+    """Trains a model on items as they are labelled, one round, in place; returns the recorded edit and the log."""
+    with recording(model, "teach") as recorder:
+        recorder.touch([n for n, _ in model.hf.named_parameters()], "trained on labels")
+        log = _taught(model, items, plan, tell)
+    return recorder.edit, log
+
+
+def _taught(model: Model, items: Sequence[Item], plan: AuditPlan, tell: Tell) -> pd.DataFrame:
     told = RepairPlan(plan.steps, plan.rows, plan.lr, 1, "all", keep=0.0, seed=plan.seed)
     source = Faults(model, [Fault(i.prompt, i.choices[i.answer]) for i in items], told)
-    with recording(model, "unlearn") as recorder:
-        recorder.touch([n for n, _ in model.hf.named_parameters()], "trained on labels")
-        choose(model.hf)
-        log = learn(model, source, Repairing(told), plan.steps, plan.lr, plan.seed, tell=tell)
-    return recorder.edit, log
+    choose(model.hf)
+    return learn(model, source, Repairing(told), plan.steps, plan.lr, plan.seed, tell=tell)
 
 
 def forget_ratio(before: NDArray[np.bool_], after: NDArray[np.bool_], chance: float) -> tuple[float, float, float]:
@@ -175,12 +207,12 @@ def matrix(model: Model, items: Sequence[Item], plan: AuditPlan, tell: Tell = la
     first = [ask(model, mine) for _, _, mine in parts]
     rows = []
     for task in tasks:
-        edit, _ = unlearn(model, random_labels(split[task][0], plan.seed), plan, _named(task, tell))
+        edit, _ = unlearn(model, split[task][0], plan, _named(task, tell))
         for (asked, kind, mine), was in zip(parts, first, strict=True):
             if kind == "trained" and asked != task:
                 continue
             now = ask(model, mine)
-            chance = float(np.mean([1 / len(i.choices) for i in mine]))
+            chance = chance_of(mine)
             ratio, low, high = forget_ratio(was.right, now.right, chance)
             rows.append({
                 "forgot": task, "asked": asked, "items": kind, "before": was.right.mean(), "after": now.right.mean(),

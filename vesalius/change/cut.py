@@ -124,7 +124,7 @@ class Keep:
                 total += sum(p.numel() for p in block.module.parameters())
                 continue
             at = self.layers.index(layer)
-            for module, out, inner in _slices(a, block, self.heads[at], self.neurons[at]):
+            for module, out, inner in slices(a, block, self.heads[at], self.neurons[at]):
                 n_in, n_out = matrix(module).shape
                 kept_in = n_in if inner is None else len(inner)
                 kept_out = n_out if out is None else len(out)
@@ -151,7 +151,7 @@ def cut(model: Model, keep: Keep, name: str = "") -> Model:
     state = {k: v.detach() for k, v in hf.state_dict().items()}
     names = {id(m): n for n, m in hf.named_modules()}
     for at, layer in enumerate(keep.layers):
-        for module, out, inner in _slices(a, a.main.blocks[layer], keep.heads[at], keep.neurons[at]):
+        for module, out, inner in slices(a, a.main.blocks[layer], keep.heads[at], keep.neurons[at]):
             _shrink(state, names[id(module)], isinstance(module, Conv1D), out, inner)
     state = _renumbered(state, [names[id(b.module)] for b in a.main.blocks], keep.layers)
     config = _config(model, keep)
@@ -202,7 +202,7 @@ def _groups(a: Anatomy, layer: int, heads: Indices) -> list[int]:
     return sorted(by_group)
 
 
-def _slices(
+def slices(
     a: Anatomy, block: Block, heads: Indices, neurons: Indices
 ) -> list[tuple[nn.Module, Tensor | None, Tensor | None]]:
     """(module, outputs that stay, inputs that stay) of a block's matrices that shrink; None for all."""

@@ -22,7 +22,7 @@ from vesalius.corpus.batches import Batch
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.model import Model
 from vesalius.records import request_hash
-from vesalius.rows import jsonl_rows
+from vesalius.rows import read_jsonl
 from vesalius.tasks.encode import Encoder
 from vesalius.train.objectives.base import IGNORED, Loss, Sample
 from vesalius.train.objectives.causal import next_tokens
@@ -50,15 +50,7 @@ def read_faults(path: str | Path) -> list[Fault]:
     Raises:
         VesaliusError: naming the line that is not one.
     """
-    place = Path(path)
-    try:
-        text = place.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise VesaliusError(f"{place} cannot be read ({error}); give a .jsonl file of prompt, good, bad") from error
-    found = [_fault(row, f"{place} line {number}") for number, row in jsonl_rows(str(place), text, example=EXAMPLE)]
-    if not found:
-        raise VesaliusError(f"{place} holds no example; give at least one line")
-    return found
+    return [_fault(row, where) for where, row in read_jsonl(path, EXAMPLE)]
 
 
 def _fault(row: dict[str, Any], where: str) -> Fault:

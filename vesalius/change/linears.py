@@ -48,6 +48,9 @@ REPLACEMENTS.add("rounded", "vesalius.model.int8:RoundedLinear", "the same compu
 REPLACEMENTS.add(
     "shifted", "vesalius.change.linears:ShiftedLinear", "inputs shifted and divided first", "arXiv 2304.09145"
 )
+REPLACEMENTS.add(
+    "sparse", "vesalius.change.sparse:SparseLinear", "most weights masked, the mask learnt", "arXiv 2205.11005"
+)
 
 
 class ShiftedLinear(nn.Module):

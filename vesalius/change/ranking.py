@@ -43,11 +43,6 @@ RANKINGS.add(
 )
 
 
-def prunable(model: Model) -> list[Part]:
-    """Every head and neuron of the main stack, in forward order."""
-    return model.parts(("head", "neuron"))
-
-
 def scores_of(model: Model, heads: NDArray[np.float64], neurons: NDArray[np.float64], method: str) -> Scores:
     """A table from (block, head) and (block, neuron)."""
     parts: list[Address] = [Part("head", i, h) for i in range(model.n_layers) for h in range(model.n_heads)]
@@ -88,9 +83,10 @@ def from_run(model: Model, folder: str | Path) -> Scores:
     Raises:
         VesaliusError: if they are of another model, or score neither heads nor neurons.
     """
-    found = Run.open(folder).scores()
+    run = Run.open(folder)
+    found = run.scores()
     made_on = str(found.info.get("fingerprint", ""))
-    if made_on and made_on != model.fingerprint:
+    if made_on and made_on not in (model.fingerprint, _as_found(model, run)):
         raise VesaliusError(
             f"{folder} is a finding about {found.info.get('model', 'another model')}, and {model.name} is another one "
             f"(fingerprints {made_on} and {model.fingerprint}); name a run made on {model.name}"
@@ -98,6 +94,16 @@ def from_run(model: Model, folder: str | Path) -> Scores:
     if not _of_kind(found, ("head", "neuron")):
         raise VesaliusError(f"{folder} scores neither heads nor neurons, so nothing can be taken out by it")
     return found
+
+
+def _as_found(model: Model, run: Run) -> str:
+    """The fingerprint of the model's files in the precision of the run; "" where that is the model's own."""
+    from vesalius.model import open_model
+
+    dtype = str(run.request.get("dtype") or "float32").removeprefix("torch.")
+    if not model.origin or dtype == str(model.dtype).removeprefix("torch."):
+        return ""
+    return open_model(model.spec, dtype=dtype, device=str(model.device)).fingerprint
 
 
 def _of_kind(scores: Scores, kinds: Sequence[str]) -> list[tuple[Part, float]]:

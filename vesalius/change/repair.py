@@ -14,7 +14,6 @@ final norm never change. `fixed` chooses once, at the first step; `random` draws
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +25,9 @@ from torch import Tensor, nn
 
 from vesalius.change.edit import Edit, recording
 from vesalius.change.faults import Fault, Faults, Repairing, RepairPlan
-from vesalius.change.learning import Tell, learn
 from vesalius.errors import VesaliusError
 from vesalius.model import Model
+from vesalius.train.learning import Tell, learn
 from vesalius.train.plugs import Plug
 from vesalius.train.select import choose
 
@@ -156,7 +155,7 @@ def repair(
     source = Faults(model, faults, plan)
     reference = None
     if plan.keep or plan.loss == "dpo":
-        reference = copy.deepcopy(model.hf).eval().requires_grad_(False)
+        reference = model.copied().hf
     with recording(model, "repair") as recorder:
         only = [f"L{i}" for i in range(model.n_layers)]
         choose(model.hf, only=only)

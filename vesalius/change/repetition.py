@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vesalius.change.edit import Edit, recording
-from vesalius.change.learning import Tell, TextRows, check_steps, learn
 from vesalius.errors import VesaliusError
 from vesalius.evaluate.recite import recite
 from vesalius.model import Model
 from vesalius.model.memory import memory_errors
 from vesalius.scores import bootstrap_mean
+from vesalius.train.learning import Tell, TextRows, check_steps, learn
 from vesalius.train.objectives import make_objective
 from vesalius.train.objectives.ditto import LONGEST, SHORTEST, sentence_ends
 from vesalius.train.objectives.special import needs_for
@@ -82,7 +82,7 @@ def reinforcement(model: Model, repeated: Sequence[Repeated], times: int = 10) -
     """
     tp = np.full((len(repeated), times), np.nan)
     ip, wr = tp.copy(), tp.copy()
-    room = int(getattr(model.hf.config, "max_position_embeddings", 0) or 10**9)
+    room = model.n_positions or 10**9
     for row, one in enumerate(repeated):
         size = len(one.sentence)
         count = min(times, (room - len(one.prefix)) // size)

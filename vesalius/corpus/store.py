@@ -112,6 +112,10 @@ class Tokens:
         draws = [hashlib.sha256(key + h.encode()).digest()[:8] for h in self.index["sha256"]]
         out = np.array([int.from_bytes(d, "big") < held_out * 2**64 for d in draws], dtype=bool)
         if out.all() or not out.any():
+            if len(set(draws)) == 1:
+                raise CorpusError(
+                    f"all documents are one text ({self.n_documents}), which cannot be parted; give two texts or more"
+                )
             side = "everything" if out.all() else "nothing"
             raise CorpusError(
                 f"a share of {held_out} of {self.n_documents} documents holds out {side}; choose another share or seed"

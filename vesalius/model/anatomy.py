@@ -94,7 +94,7 @@ class FamilySpec(BaseModel):
     post_norm: bool | str = False
     gated: bool | str = False
     causal: bool | str = True
-    attention: Literal["interface", "dropout"] = "interface"
+    attention: Literal["interface", "dropout", "closed"] = "interface"
     qkv_layout: Literal["concat", "interleaved"] | None = None
     kv_heads_attribute: str | None = None
     refuse: dict[str, str] = {}
@@ -217,7 +217,7 @@ class Anatomy:
     post_norm: bool
     gated: bool
     softcap: float | None
-    attention: Literal["interface", "dropout"]
+    attention: Literal["interface", "dropout", "closed"]
     notes: tuple[str, ...] = field(default=())
 
     @property

@@ -96,16 +96,19 @@ class Reader:
         """Forgets all but the first so many positions of every row."""
         if not 0 < length <= self.ids.shape[1]:
             raise VesaliusError(f"{self.ids.shape[1]} positions were read, so {length} cannot be kept; give 1 or more")
+        less = length - self.ids.shape[1]
         self.ids = self.ids[:, :length]
         self.mask = None if self.mask is None else self.mask[:, :length]
-        if self._past is not None:
-            try:
-                if not getattr(self._past, "is_croppable", lambda: True)():
-                    raise ValueError("this cache cannot be cropped")
-                with torch.inference_mode():
-                    self._past.crop(length)
-            except (AttributeError, ValueError, NotImplementedError, TypeError):
-                self._past = None  # it is read again with what comes next
+        if self._past is None or not less:
+            return
+        if not hasattr(self._past, "crop") or not getattr(self._past, "is_croppable", True):
+            self._past = None  # it is read again with what comes next
+            return
+        try:
+            with torch.inference_mode():
+                self._past.crop(less)
+        except (NotImplementedError, RuntimeError):  # a sliding window that was passed
+            self._past = None
 
     def select(self, rows: Sequence[int] | Tensor) -> None:
         """Goes on with these rows, in this order; a row may be named several times."""
@@ -340,16 +343,10 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Te
     return ids, mask
 
 
-def positions(model: Model) -> int | None:
-    """How many positions a model has; None for no limit."""
-    config = model.hf.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-
-
 def _fits(model: Model, prompts: Sequence[Sequence[int]], count: int) -> None:
     if not prompts or not all(len(p) for p in prompts):
         raise VesaliusError("an empty prompt gives a model nothing to go on from; give at least one token")
-    longest, room = max(map(len, prompts)), positions(model)
+    longest, room = max(map(len, prompts)), model.n_positions
     if room and longest + count - 1 > room:
         raise VesaliusError(
             f"{model.name} has {room} positions, too few for {longest} + {count} tokens; lower one of the two"

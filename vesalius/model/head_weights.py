@@ -171,7 +171,7 @@ def rotary_turns(model: Model, offsets: int, stack: str | None = None) -> list[T
         bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         given[layer] = {**bound, **bound.get("kwargs", {})}.get("position_embeddings")
 
-    longest = int(getattr(model.hf.config, "max_position_embeddings", 0) or offsets + 1)
+    longest = model.n_positions or offsets + 1
     ids = torch.zeros(1, min(offsets, longest - 1) + 1, dtype=torch.long)
     handles = [
         block.module.register_forward_pre_hook(partial(note, layer), with_kwargs=True)

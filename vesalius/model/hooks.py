@@ -299,6 +299,11 @@ class Hooks:
 
     def _hook_attention(self, block: Block, sites: dict[str, Sequence[Tap]]) -> None:
         a = self.anatomy
+        if sites and a.attention == "closed":
+            raise PartError(
+                f"{a.family} shows no {', '.join(sorted(sites))} of its heads: its attention works on pieces of rows; "
+                "read the residual stream, attention's output or the MLP"
+            )
         sides = {n: f for n, f in sites.items() if n != "pattern"}
         fused = block.projections["q"] is block.projections["k"]
 

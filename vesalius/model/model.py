@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -18,13 +19,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vesalius.errors import ModelError
 from vesalius.model.anatomy import Anatomy, Stack, read_anatomy
+from vesalius.model.global_attention import global_attention
 from vesalius.model.hooks import Hooks, Site, Tap
 from vesalius.model.memory import memory_errors
 from vesalius.parts import Part
 
 ModelKind = Literal["causal", "masked", "encoder-decoder", "encoder"]
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-_OWN_POSITIONS = ("roberta", "xlm-roberta", "opt", "bloom", "t5", "mt5")  # forwards that place padded tokens themselves
+# Of these the first position is the one after the padding's id.
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "longformer")
+# Forwards that place padded tokens themselves.
+_OWN_POSITIONS = ("roberta", "xlm-roberta", "longformer", "opt", "bloom", "t5", "mt5")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,12 @@ class Model:
         name = name or getattr(hf, "name_or_path", "") or type(hf).__name__
         return cls(hf, tokenizer, read_anatomy(hf), name, spec or name, fingerprint or weights_fingerprint(hf))
 
+    def copied(self) -> Model:
+        """The same model with weights of its own."""
+        with self.alone():
+            hf = copy.deepcopy(self.hf).eval().requires_grad_(False)
+        return replace(self, hf=hf, anatomy=read_anatomy(hf))
+
     # -- sizes ---------------------------------------------------------------------------------------------------
 
     @property
@@ -109,6 +120,15 @@ class Model:
     @property
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.hf.parameters())
+
+    @property
+    def n_positions(self) -> int | None:
+        """Tokens that can be read at once; None where there is no limit."""
+        config = self.hf.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if most and config.model_type in _POSITIONS_AFTER_PADDING:
+            most -= int(getattr(config, "pad_token_id", None) or 0) + 1
+        return most
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,6 +181,7 @@ class Model:
             kwargs["attention_mask"] = mask
             if self.anatomy.family not in _OWN_POSITIONS and "position_ids" in _forward_parameters(type(self.hf)):
                 kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        kwargs |= global_attention(self.hf, kwargs["input_ids"])
         if decoder is not None:
             kwargs["decoder_input_ids"] = decoder.to(self.device)
         return kwargs

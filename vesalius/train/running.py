@@ -196,7 +196,7 @@ class _Sitting:
         self.trainer = made.trainer
         exact = is_exact(recipe.deterministic, made.trainer.device)
         self._go_on()
-        with deterministic(exact), _Stop(self.watcher.message) as self.stop:
+        with deterministic(exact), Stop(self.watcher.message) as self.stop:
             self._begin(exact)
             try:
                 self._loop()
@@ -425,7 +425,7 @@ class _Sitting:
         return told | {"largest_difference": float((ours - theirs).abs().max())}
 
 
-class _Stop:
+class Stop:
     """Ctrl-C or SIGTERM inside the block asks for an end after the step, so that a checkpoint of it can be kept.
 
     The second one ends the block at once, and no checkpoint is written of a step that may be half made.
@@ -440,7 +440,7 @@ class _Stop:
         self.asked = True
         self._tell("stopping after this step; once more stops at once")
 
-    def __enter__(self) -> _Stop:
+    def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             self._before = {n: signal.signal(n, self._signal) for n in (signal.SIGTERM, signal.SIGINT)}
         return self

@@ -128,7 +128,8 @@ class Trainer:
             group.setdefault("peak_lr", group["lr"])
         self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
         takes_cache = "use_cache" in inspect.signature(unwrap(model).forward).parameters
-        self.always = {"use_cache": False} if takes_cache else {}
+        self.always: dict[str, Any] = {"use_cache": False} if takes_cache else {}
+        self.always |= getattr(objective, "asks", {})  # such as hidden states
         self._scaler = torch.amp.GradScaler(self.device.type) if precision == "float16" else None
         self.carry = Carry.of(model, source, self.world)
         if source.rows % (self.world.data * accumulate):
@@ -186,7 +187,7 @@ class Trainer:
         means = {k: float(self.world.sum(v)) / count for k, v in sums.items()}
         loss = means.pop("loss")
         if loss != loss or abs(loss) == float("inf"):
-            raise RunError(f"the loss of step {step} is {loss}; lower optimizer.lr, or clip gradients (clip: 1.0)")
+            raise RunError(f"the loss of step {step} is {loss}; lower the learning rate, or clip gradients")
         if self._scaler is None:
             self.optimizer.step()
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import gc
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,7 @@ def load(
             _constant_norms(model, located.folder)
             if device_map is None:
                 model = model.to(where)
+            refuse_unfinite(model, located.spec)
     except (ModelError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -203,6 +205,22 @@ def refuse_missing(info: Mapping[str, Any], shown: str) -> None:
                 f"'{shown}' cannot be opened: {len(names)} weights are {what} and would be random ({listed}); "
                 "check `architectures` in its config.json, or save the whole model again"
             )
+
+
+def refuse_unfinite(model: torch.nn.Module, shown: str) -> None:
+    """Raises `ModelError` for weights that are NaN or infinite: nothing that is measured on them means anything."""
+    bad = []
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and weight.numel():
+            low, high = torch.aminmax(weight.detach())  # NaN if any is
+            if not (math.isfinite(float(low)) and math.isfinite(float(high))):
+                bad.append(name)
+    if bad:
+        listed = ", ".join(bad[:4]) + (", ..." if len(bad) > 4 else "")
+        raise ModelError(
+            f"'{shown}' holds NaN or infinite numbers in {len(bad)} of its weights ({listed}), as a diverged training "
+            "leaves them, or a dtype too small for them; open an earlier checkpoint, or give --dtype float32"
+        )
 
 
 def _settle(model: PreTrainedModel, info: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vesalius.errors import VesaliusError
 from vesalius.train.objectives.base import IGNORED, OBJECTIVES, Loss, Needs, Objective, Sample, generator
 
 _HERE = "vesalius.train.objectives"
@@ -39,8 +40,8 @@ OBJECTIVES.add(
 OBJECTIVES.add(
     "distil",
     f"{_HERE}.distil:Distil",
-    "the next token and a teacher's distribution",
-    "Hinton et al. 2015, arXiv 1503.02531",
+    "the text, a teacher's distribution and its hidden states",
+    "Sanh et al. 2019, arXiv 1910.01108; Hinton et al. 2015, arXiv 1503.02531",
 )
 OBJECTIVES.add(
     "gedi",
@@ -73,7 +74,6 @@ def make_objective(name: str, needs: Needs, *, tokenizer: Any = None, **settings
         >>> make_objective("causal-lm", Needs(vocab_size=50), z_loss=1e-4).z_loss
         0.0001
     """
-    from vesalius.errors import VesaliusError
     from vesalius.train.objectives.settings import known
 
     made = OBJECTIVES.get(name)
@@ -92,9 +92,20 @@ def make_objective(name: str, needs: Needs, *, tokenizer: Any = None, **settings
         from vesalius.train.objectives.ditto import sentence_ends
 
         settings.setdefault("ends", sentence_ends(tokenizer))
-    if name == "distil" and "teacher" not in settings:
-        raise VesaliusError("objective 'distil' needs a teacher: the name or folder of a model")
+    if name == "distil":
+        settings = {**settings, "text": _text_of(needs, tokenizer, settings)}
     return made(needs, **settings)
+
+
+def _text_of(needs: Needs, tokenizer: Any, given: dict[str, Any]) -> Objective:
+    """What a distilled model foretells beside its teacher's opinion."""
+    from vesalius.train.objectives.distil import BY_KIND
+    from vesalius.train.objectives.settings import kinds
+
+    if "teacher" not in given:
+        raise VesaliusError("objective 'distil' needs a teacher: the name or folder of a model")
+    kinds("distil", needs.kind, tuple(BY_KIND))
+    return make_objective(BY_KIND[needs.kind], needs, tokenizer=tokenizer, **dict(given.get("text") or {}))
 
 
 __all__ = [

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vesalius.model.global_attention import global_attention
 from vesalius.train.masks import Mask, attention_inputs, positions
 from vesalius.train.objectives.base import Sample
 
@@ -78,9 +79,11 @@ def model_inputs(sample: Sample, model: nn.Module) -> dict[str, Any]:
     Raises:
         VesaliusError: if the model cannot attend as the objective asks, naming the family and what to do.
     """
+    given = sample.given if isinstance(sample, MaskedSample) else sample.inputs
+    more = global_attention(model, given["input_ids"]) if "input_ids" in given else {}
     if not isinstance(sample, MaskedSample):
-        return dict(sample.inputs)
-    return {**sample.given, **attention_inputs(sample.mask, model, sample.restart_positions)}
+        return {**given, **more}
+    return {**given, **more, **attention_inputs(sample.mask, model, sample.restart_positions)}
 
 
 def read_tokens(sample: Sample) -> int:

@@ -83,6 +83,24 @@ def sentinel_ids(needs: Needs) -> NDArray[np.int64]:
     return np.array(found, dtype=np.int64)
 
 
+def masking_for(tokenizer: Any) -> dict[str, bool]:
+    """Settings of `masked-lm` that fit a tokenizer: whole words if it marks them, [CLS] and [SEP] if it has both.
+
+    Example:
+        >>> masking_for(bert_tokenizer)                                              # doctest: +SKIP
+        {'whole_words': True, 'frame': True}
+    """
+    try:
+        word_starts(tokenizer)
+        marked = True
+    except VesaliusError:
+        marked = False
+    return {
+        "whole_words": marked,
+        "frame": tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None,
+    }
+
+
 def word_starts(tokenizer: Any) -> NDArray[np.bool_]:
     """Which tokens begin a word, (vocabulary,) bool: not '##' (WordPiece), or 'Ġ' (byte-level), or '▁' (Unigram).
 

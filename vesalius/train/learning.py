@@ -1,4 +1,4 @@
-"""One short training of a model in memory, as several changes need it: rows of text or labels, an objective, a log."""
+"""One short training of a model in memory: rows of text or labels, an objective, a log; nothing is written."""
 
 from __future__ import annotations
 
@@ -72,8 +72,9 @@ def learn(
     seed: int = 0,
     plugs: Sequence[Plug] = (),
     tell: Tell = lambda what, share: None,
+    weight_decay: float = 0.0,
 ) -> pd.DataFrame:
-    """Updates the parameters that take gradients, AdamW without decay, the rate rising and falling; no dropout.
+    """Updates the parameters that take gradients: AdamW, the rate rising and falling; no dropout.
 
     Args:
         model: trained in place, and frozen when it is done. source, objective: as of the trainer. lr: peak.
@@ -85,7 +86,7 @@ def learn(
         model.hf,
         source,
         objective,
-        make_optimizer("adamw", model.hf, lr=lr, weight_decay=0.0),
+        make_optimizer("adamw", model.hf, lr=lr, weight_decay=weight_decay),
         make_schedule("linear", steps, warmup=0.1, final=0.0),
         seed=seed,
         world=World.single(model.device),
