@@ -24,7 +24,8 @@ def tokenizer(size: int = VOCAB, special: bool = False, names: Sequence[str] = (
     known = list(names) or [f"w{i}" for i in range(1, size - 2)]
     table |= {w: i for i, w in enumerate(known, 3)}
     made = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    stops = any(w.endswith(".") for w in known)  # then a stop belongs to its word
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if stops else pre_tokenizers.Whitespace()
     if special:
         made.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]

@@ -368,6 +368,11 @@ def test_find_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Run.start({**REQUEST, "seeds": [0]}, tmp_path):
         pass  # asked for again: that is the last one now
     assert find_run("last", roots).folder == folders[0]
+    (folders[1] / "lens.json").write_text("{}")
+    assert find_run("last", roots, "lens.json").folder == folders[1]
+    assert find_run("circuit-smol", roots, "lens.json").folder == folders[1]
+    with pytest.raises(RunError, match="no run in .* holds sae.json"):
+        find_run("last", roots, "sae.json")
     with pytest.raises(RunError, match="any of 2 runs"):
         find_run("circuit-smol", roots)
     with pytest.raises(RunError, match=f"nearest: .*{folders[0].name}"):

@@ -20,14 +20,15 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from vesalius.errors import RunError, VesaliusError
 from vesalius.records import dump, read_json, sha256, why, write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER = "steps"  # of a run, holds its checkpoints
 MANIFEST = "manifest.json"
@@ -92,7 +93,9 @@ def write(
         part.mkdir(parents=True)
         fill(part)
         files = sorted(p for p in part.rglob("*") if p.is_file())
+        shared = part.stat().st_mode & 0o666  # who may read the folder may read the files; safetensors says the owner
         for file in files:
+            file.chmod(shared)
             _flush(file)
         listed = {p.relative_to(part).as_posix(): _entry(p) for p in files}
         write_atomic(part / MANIFEST, dump({"files": listed}))
@@ -211,6 +214,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         store = tensor.untyped_storage().data_ptr()
         alone[name] = tensor.clone() if store in stores else tensor  # a piece of another tensor
         stores.add(store)
+    from safetensors.torch import save_file
+
     save_file(alone, path, metadata={SHARED: json.dumps(shared, sort_keys=True)} if shared else None)
 
 

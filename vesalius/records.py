@@ -109,7 +109,10 @@ def write_atomic(path: Path, data: bytes | Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if callable(data):
+            part.touch()
+            mode = part.stat().st_mode  # what a new file has here; safetensors keeps its own to the owner
             data(part)
+            part.chmod(mode)
         else:
             part.write_bytes(data)
         with part.open("rb+") as handle:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from vesalius.errors import VesaliusError
@@ -36,6 +37,23 @@ def jsonl_rows(
         if not isinstance(row, dict):
             raise wrong(f"{where}: a {_name(row)} where an object is needed; write {example}")
         yield number, row
+
+
+def read_jsonl(path: str | Path, example: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl file, each with its place ("FILE line 3").
+
+    Raises:
+        VesaliusError: for a file that cannot be read or holds none, or a line that is no object.
+    """
+    place = Path(path)
+    try:
+        text = place.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VesaliusError(f"{place} cannot be read ({error}); give a .jsonl file of lines like {example}") from error
+    found = [(f"{place} line {number}", row) for number, row in jsonl_rows(str(place), text, example=example)]
+    if not found:
+        raise VesaliusError(f"{place} holds no line; write {example}")
+    return found
 
 
 def _object(pairs: list[tuple[str, Any]], where: str, wrong: Wrong) -> dict[str, Any]:

@@ -26,18 +26,23 @@ def _touched(folder: Path) -> str:
     return ""
 
 
-def find_run(text: str, roots: Sequence[Path | str] = (DEFAULT_ROOT,)) -> Run:
+def find_run(text: str, roots: Sequence[Path | str] = (DEFAULT_ROOT,), holding: str = "") -> Run:
     """Opens a run for reading by its folder, its name, the start of its name or of its hash, or `last`.
+
+    Args:
+        holding: a file; runs without it are passed over, unless the folder itself is named.
 
     Raises:
         RunError: if there is none, or more than one, with the nearest names.
     """
     if (Path(text) / "request.json").exists():
         return Run.open(text)
-    folders = _folders(roots)
+    folders = [f for f in _folders(roots) if not holding or (f / holding).exists()]
     where = ", ".join(str(r) for r in roots)
     if text == "last":
         if not folders:
+            if holding:
+                raise RunError(f"no run in {where} holds {holding}; `vesalius runs` lists what there is")
             raise RunError(f"there are no runs in {where} yet; `vesalius circuit` makes one")
         return Run.open(max(folders, key=_touched))
     exact = [f for f in folders if f.name == text]
@@ -50,6 +55,14 @@ def find_run(text: str, roots: Sequence[Path | str] = (DEFAULT_ROOT,)) -> Run:
     near = difflib.get_close_matches(text, [f.name for f in folders], n=3, cutoff=0.3)
     hint = f"; nearest: {', '.join(near)}" if near else "; `vesalius runs` lists them"
     raise RunError(f"no run '{text}' in {where}{hint}")
+
+
+def find_folder(name: str, file: str) -> Path:
+    """The folder that holds a file: itself, or that of a run in ./runs that holds one, by name, hash or `last`."""
+    folder = Path(name)
+    if folder.is_dir() or "/" in name:
+        return folder
+    return Path(find_run(name, holding=file).folder)
 
 
 _COLUMNS = ["run", "hash", "command", "model", "task", "method", "level", "state", "when", "seconds", "accuracy"]

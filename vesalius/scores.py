@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
 from vesalius.errors import PartError, VesaliusError
 from vesalius.parts import Address, Edge, Part, parse
@@ -141,6 +140,8 @@ class Scores:
 
         NaN without per-prompt values, or where one half gives every row the same score.
         """
+        from scipy import stats
+
         if self.per_example is None or self.per_example.shape[1] < 2:
             return float("nan")
         n, rng, found = self.per_example.shape[1], np.random.default_rng(seed), []
@@ -191,6 +192,8 @@ class Scores:
 
     def correlation(self, other: Scores, kind: Literal["pearson", "spearman"] = "pearson") -> float:
         """Correlation over the parts (and positions) both tables score; NaN if either is constant."""
+        from scipy import stats
+
         a, b = self._aligned(other)
         if np.ptp(a) == 0 or np.ptp(b) == 0:
             return float("nan")

@@ -69,7 +69,9 @@ def test_the_same_command_finds_its_model_again(whole: Outcome, folder: Path) ->
 
 
 def test_the_saved_model_answers_evenly(whole: Outcome, folder: Path) -> None:
-    again = command(Path(whole.json["saved"]), "--questions", folder / "fine.jsonl", "--corpus", folder / "text.jsonl")
+    again = command(
+        Path(whole.json["checkpoint"]), "--questions", folder / "fine.jsonl", "--corpus", folder / "text.jsonl"
+    )
     assert again.code == 0 and "is right in 100%" in again.out
     refused = command(folder, "--save", folder)
     assert "is there already" in refused.error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import SMALL, Outcome, only_run, vesalius
+from safetensors.torch import load_file, save_file
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from vesalius.runs import Run
@@ -86,6 +88,15 @@ def rows(tmp_path: Path) -> Callable[..., Path]:
         ("reuse --memory -1", ["--memory -1"]),
         ("compare", ["runs", "vesalius compare --help"]),
         ("compare last", ["two or more"]),
+        ("codes --features 100000000", ["--features", "10000", "'100000000'"]),
+        ("codes --seeds 100000000", ["--seeds", "1000", "'100000000'"]),
+        ("codes --steps 100000000", ["--steps", "100000", "'100000000'"]),
+        ("direction moral --permutations 100000000", ["--permutations", "100000", "'100000000'"]),
+        ("frequency --orders 100000000", ["--orders", "1000", "'100000000'"]),
+        ("frequency --permutations 100000000", ["--permutations", "100000", "'100000000'"]),
+        ("subnetwork --controls 100000000", ["--controls", "100", "'100000000'"]),
+        ("tune --rows 100000000", ["--rows", "1024", "'100000000'"]),
+        ("tune --draws 10000000", ["--draws", "1000", "'10000000'"]),
         ("models --verify smolm2-135m", ["'smolm2-135m'", "'smollm2-135m'"]),
     ],
 )
@@ -149,6 +160,20 @@ def test_weights_that_are_cut_short(mover: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1000])
     error = vesalius("check", copy, "--out", tmp_path / "runs").error
     assert f"{copy / 'model.safetensors'} is cut short" in error
+
+
+@pytest.mark.parametrize("command", ["heads", "channels", "check", "lens logit w1", "observe w1"])
+def test_weights_that_are_no_numbers(random_llama: Path, tmp_path: Path, command: str) -> None:
+    copy = Path(shutil.copytree(random_llama, tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    asked = (*command.split(), *(() if command == "check" else ("--model",)), copy, "--out", tmp_path / "runs")
+    for bad, dtype in ((math.nan, ()), (math.inf, ()), (1e6, ("--dtype", "float16"))):
+        weights[name][2, 3] = bad
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+        error = vesalius(*asked, *dtype).error
+        assert "NaN or infinite" in error and name in error and "1 of its weights" in error
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_channels_print_what_python_gives(mover: Path, prompts: Path, truth: Pla
 def test_observe_prints_what_python_gives(mover: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(json.loads(x)["clean"] for x in (mover / "ioi.jsonl").read_text().splitlines()))
-    asked = ("mary - john", "--model", mover, "--with", "mary - tom", "--texts", text, "--tokens", 400)
+    asked = ("mary - john", "--model", mover, "--with", "mary - tom", "--corpus", text, "--tokens", 400)
     found = vesalius("observe", *asked, "--through", "L2.MLP,L3.H0", "--out", tmp_path, "--json").json
     model = bench.open(str(mover))
     rows = token_rows(model, [d.text for d in read(text)], 400)
@@ -119,7 +120,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     ("llama", ("observe", "w5", "--through", "L1.H0", "--at", "L1.H0"), "L1.H0 is no place in the stream"),
     ("llama", ("observe", "w5", "--through", "L1.H0", "--at", "L2.resid_pre"), "lies behind the beginning"),
     ("llama", ("observe", "w5", "--through", "L1.MLP", "--between", "w5 w6"), "is not two prompts"),
-    ("llama", ("observe", "w5", "--texts", "nowhere.txt"), "nowhere.txt"),
+    ("llama", ("observe", "w5", "--corpus", "nowhere.txt"), "nowhere.txt"),
     ("gpt-neox", ("observe", "w5", "--through", "L1.H0,L1.MLP"), "attention and MLP of a block of"),
     ("bert", ("observe", "w5 - w6"), "is more than a matrix"),
 ]
@@ -144,3 +145,17 @@ def test_words_of_several_tokens_and_small_heads_are_noted(tmp_path: Path, mover
     assert any("mary john is" in n and "only the first piece" in n for n in found["notes"])
     notes = vesalius("channels", "--model", random_llama, "--out", tmp_path, "--json").json["notes"]
     assert any("too few for their z" in n for n in notes) and any("share a value matrix" in n for n in notes)
+
+
+def test_scores_that_do_not_vary_have_no_slope(random_llama: Path, tmp_path: Path) -> None:
+    for name, word in (("one.txt", "w5"), ("many.txt", None)):
+        (tmp_path / name).write_text(" ".join(word or f"w{1 + 7 * i % 90}" for i in range(200)))
+        asked = ("observe", "w3 - w4", "--with", "w5 - w6", "-m", random_llama, "--corpus", tmp_path / name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            found = vesalius(*asked, "--tokens", 100, "--at", "L0.resid_pre", "--out", tmp_path, "--json").json
+        same = word is not None
+        assert ("slope" in found["coupling"]) is not same
+        assert any("the same for all tokens" in note for note in found["notes"]) is same
+        shown = (Path(found["run"]) / "report.html").read_text("utf-8")
+        assert ("no text on which both vary" in shown) is same

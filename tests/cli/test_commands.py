@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +220,13 @@ def test_version_and_help() -> None:
         assert all(option in outcome.out for option in ("--json", "--out", "--seed"))
     outcome = vesalius()
     assert "circuit" in outcome.out + outcome.err and "error" not in outcome.err
+
+
+def test_help_loads_no_pytorch() -> None:
+    """It is what a newcomer waits for first."""
+    code = (
+        "import sys\nfrom vesalius.cli.app import command_line\ncommand_line()\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

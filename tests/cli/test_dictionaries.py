@@ -11,8 +11,11 @@ import pytest
 from cli_helpers import Outcome, vesalius
 from safetensors.torch import load_file, save_file
 
+from vesalius.cli.codes import lead, notes
 from vesalius.cli.sae import _own
 from vesalius.features.dictionaries import SAE
+from vesalius.parts import Part
+from vesalius.scores import Scores
 
 QUICK = ("--width", "48", "--k", "4", "--passes", "2", "--batch", "64", "--lr", "0.01")
 
@@ -59,7 +62,7 @@ def test_training_leaves_an_sae_with_its_quality(trained: Outcome) -> None:
     sae = SAE.load(told["run"])
     assert sae.d_in == 32 and sae.metadata["vesalius_fingerprint"] and sae.metadata["vesalius_scale"] > 0
     page = Path(told["report"]).read_text()
-    assert "A sparse autoencoder of L1.resid_post" in page and "loss won back" in page
+    assert "A sparse autoencoder of L1.resid_post" in page and "loss recovered" in page
 
 
 def test_show_and_use_tell_of_features(trained: Outcome, random_llama: Path, text: Path, tmp_path: Path) -> None:
@@ -131,6 +134,15 @@ def test_codes_name_heads_and_show_their_prompts(mover: Path, tmp_path: Path) ->
     assert json.loads((Path(told["run"]) / "prompts.json").read_text())["positive"]
     few = vesalius("codes", "--model", mover, "--task", mover / "ioi.jsonl", "--n", "3", "--out", tmp_path)
     assert "3 prompts are too few" in few.error
+
+
+def test_codes_that_no_head_has_are_told_without_nan() -> None:
+    heads = [Part("head", 0, i) for i in range(3)]
+    none, plain = (Scores(heads, np.full(3, value)) for value in (0.0, 1.0))
+    assert "no head has a code of its own" in notes(none, [], "mine")[0]
+    said = lead(none, plain, 8, float("nan"))
+    assert "cannot be compared by rank, and puts L0.H0" in said and "nan" not in said
+    assert "ranks heads alike by Spearman 0.50, and puts" in lead(plain, plain, 8, 0.5)
 
 
 def test_codebooks_are_trained_shown_and_forced(random_llama: Path, text: Path, tmp_path: Path) -> None:

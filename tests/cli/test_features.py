@@ -31,7 +31,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with quiet_transformers():
         made.hf.save_pretrained(folder / "model")
         made.words.save_pretrained(folder / "model")
-    rows = [{"text": f"w{i}", "label": "high" if i < 30 else "low"} for i in range(60)]
+    rows = [{"text": f"w{i}", "label": "high" if i < 30 else "low"} for i in range(1, 60)]
     rows += [{"text": f"w{i}", "rating": float(v)} for i, v in zip(range(60, 70), x[60:, 3], strict=True)]
     (folder / "heights.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -314,7 +314,7 @@ def test_two_ratings_or_shares_of_one_text(plant: Path, tmp_path: Path) -> None:
     rows = (plant / "heights.jsonl").read_text() + '\n{"text": "w60", "rating": 99}'
     (tmp_path / "mine.jsonl").write_text(rows)
     told = vesalius("direction", tmp_path / "mine.jsonl", "--model", plant / "model", "--out", tmp_path).error
-    assert "mine.jsonl line 71: 'w60' has another rating further up" in told
+    assert "mine.jsonl line 70: 'w60' has another rating further up" in told
     (tmp_path / "shares.csv").write_text("occupation,share_female\nnurse,0.9\nNurse,0.1\n")
     told = vesalius("bias", "--pronouns", "--statistics", tmp_path / "shares.csv", "--out", tmp_path).error
     assert "shares.csv line 3: 'nurse' has another share further up" in told

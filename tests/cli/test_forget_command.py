@@ -21,7 +21,8 @@ def test_a_text_is_forgotten_beside_its_control(random_llama: Path, tmp_path: Pa
     probes.write_text(json.dumps({"prompt": "w40 w47", "good": "w54"}))
     given = (
         "forget", "--model", random_llama, "--what", book, "--probes", probes, "--card-text", plain, *CARD,
-        "--steps", "4", "--rows", "2", "--reinforce-steps", "4", "--runs", tmp_path / "runs", "--out", out,
+        "--steps", "4", "--rows", "2", "--reinforce-steps", "4", "--keep", plain, "--keep-rows", "3",
+        "--runs", tmp_path / "runs", "--out", out,
     )  # fmt: skip
     told = vesalius(*given, "--json").json
     assert told["change"] == "forget" and 0 < told["changed"] <= 1
@@ -72,12 +73,13 @@ def test_a_skill_is_forgotten_and_audited(random_llama: Path, tmp_path: Path) ->
 def test_nonsense_is_one_line(random_llama: Path, tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("w1 w2 w3")
-    ask = ("forget", "--model", random_llama, "--card-text", book, *CARD, "--runs", tmp_path / "runs")
+    ask = ("forget", "--model", random_llama, "--card-text", book, *CARD, "--runs", tmp_path / "runs", "--keep", "none")
     assert "one of the two" in vesalius(*ask).error
     assert "one of the two" in vesalius(*ask, "--what", book, "--skill", book).error
     assert "line 1: not JSON" in vesalius(*ask, "--skill", book).error
     assert "cannot be read" in vesalius(*ask, "--what", tmp_path / "none.txt").error
     assert "unknown way of forgetting 'bothe'" in vesalius(*ask, "--what", book, "--how", "bothe").error
+    assert "unknown kind of label 'sofd'" in vesalius(*ask, "--what", book, "--labels", "sofd").error
     assert "cannot be read" in vesalius(*ask, "--what", book, "--anchors", tmp_path / "none.json").error
     assert "alpha -1 is no weight" in vesalius(*ask, "--what", book, "--alpha", "-1").error
     assert "shorter than 32 tokens" in vesalius(*ask, "--what", book, "--no-control").error

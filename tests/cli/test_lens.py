@@ -60,7 +60,7 @@ def test_train_leaves_a_lens_and_tells_how_good_it_is(trained: Outcome, random_l
 def test_logit_and_tuned_print_what_python_gives(trained: Outcome, random_llama: Path, tmp_path: Path) -> None:
     model = bench.open(str(random_llama))
     lens = trained.json["run"]
-    common = ("w7 w8 w9", "--model", random_llama, "--tokens", "w11", "--position", 1, "--out", tmp_path, "--json")
+    common = ("w7 w8 w9", "--model", random_llama, "--token", "w11", "--position", 1, "--out", tmp_path, "--json")
     plain = vesalius("lens", "logit", *common).json
     tuned = vesalius("lens", "tuned", *common, "--lens", lens).json
     for found, mine in ((plain, "logit"), (tuned, TunedLens.load(lens, model))):
@@ -77,7 +77,7 @@ def test_logit_and_tuned_print_what_python_gives(trained: Outcome, random_llama:
 
 def test_direct_terms_sum(random_llama: Path, tmp_path: Path) -> None:
     common = ("lens", "direct", "w7 w8 w9", "--model", random_llama, "--out", tmp_path, "--json")
-    found = vesalius(*common, "--tokens", "w11", "--against", "w12", "--neurons", "L1.MLP").json
+    found = vesalius(*common, "--token", "w11", "--against", "w12", "--neurons", "L1.MLP").json
     model = bench.open(str(random_llama))
     logits = model.logits(torch.tensor([[7, 8, 9]]))[0, -1]
     run = Run.open(found["run"])
@@ -171,11 +171,11 @@ def test_wrong_use_is_one_line(trained: Outcome, random_llama: Path, mover: Path
     for command, says in (
         (("logit", "", *on), "the prompt is empty"),
         (("logit", "w7", *on, "--position", 1), "no position 1"),
-        (("logit", "w7", *on, "--tokens", "w7 w8"), "is 2 tokens"),
+        (("logit", "w7", *on, "--token", "w7 w8"), "is 2 tokens"),
         (("tuned", "w7", *on, "--lens", tmp_path), "no trained lens"),
         (("tuned", "w7", *on, "--lens", "nothing-there"), "no run 'nothing-there'"),
         (("tuned", "mary", "--model", mover, *out, "--lens", lens), "a lens fits one shape alone"),
-        (("direct", "w7", *on, "--tokens", "w7", "--against", "w7"), "against itself"),
+        (("direct", "w7", *on, "--token", "w7", "--against", "w7"), "against itself"),
         (("direct", "w7", *on, "--neurons", "L7.MLP"), "L7.MLP does not exist"),
         (("train", *on, "--corpus", "no-such-corpus", "--length", 24), "unknown corpus"),
         (("train", *on, "--corpus", text, "--tokens", 90000, "--length", 24), "are needed to train on"),

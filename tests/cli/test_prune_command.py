@@ -27,7 +27,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pruned(model: Path, text: Path, out: Path, *more: object) -> tuple[object, ...]:
-    given = ("prune", "--model", model, "--text", text, "--card-text", text, "--runs", out / "runs", *QUICK)
+    given = ("prune", "--model", model, "--corpus", text, "--card-text", text, "--runs", out / "runs", *QUICK)
     return (*given, *more)
 
 
@@ -54,6 +54,8 @@ def test_a_smaller_model_that_opens_without_vesalius_and_its_card(
     assert card.loc[("pruned", "parameters"), "after"] == told["after"]
     again = vesalius(*given, "--json").json
     assert again == told  # the run and the folder are found again
+    lone = vesalius(*given[:-2], "--no-control", "--json").json
+    assert {r["model"] for r in lone["card"]} == {"pruned"} and "random" not in lone["lead"]
     alone = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
     subprocess.run([sys.executable, "-c", alone, str(out)], check=True, capture_output=True)
     assert "What it cost" in Path(told["report"]).read_text()
@@ -89,6 +91,22 @@ def test_any_finding_drives_it(mover: Path, text: Path, tmp_path: Path) -> None:
     assert any("scores no neurons" in n for n in kept["notes"])
 
 
+def test_a_text_that_changed_under_its_name_is_another_run(random_llama: Path, text: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "text.jsonl"
+    shutil.copy(text, mine)
+    first = vesalius(*pruned(random_llama, mine, tmp_path), "--json").json["run"]
+    mine.write_text("\n".join(reversed(text.read_text().splitlines())))
+    assert vesalius(*pruned(random_llama, mine, tmp_path), "--json").json["run"] != first
+
+
+def test_a_model_that_was_taken_away_is_made_again(random_llama: Path, text: Path, tmp_path: Path) -> None:
+    first = vesalius(*pruned(random_llama, text, tmp_path), "--json").json
+    made = sha256(Path(first["checkpoint"]))
+    shutil.rmtree(first["checkpoint"])
+    again = vesalius(*pruned(random_llama, text, tmp_path), "--json").json
+    assert again["run"] == first["run"] and sha256(Path(again["checkpoint"])) == made
+
+
 def test_recovery_is_a_run_of_the_trainer(random_llama: Path, text: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(random_llama, base)
@@ -102,6 +120,9 @@ def test_recovery_is_a_run_of_the_trainer(random_llama: Path, text: Path, tmp_pa
     assert card["recovered", "parameters"] == card["pruned", "parameters"]  # adapters are merged
     names = [n for n, _ in AutoModelForCausalLM.from_pretrained(told["checkpoint"]).named_parameters()]
     assert not any("lora" in n for n in names)
+    lines = [json.loads(x)["text"] for x in text.read_text().splitlines()]
+    learnt = [json.loads(x)["text"] for x in (Path(told["run"]) / "recovery.jsonl").read_text().splitlines()]
+    assert learnt == [*lines[:2], *lines[4:]]  # two were ranked on, the next two are what the card reads
 
 
 def test_nonsense_is_one_line_and_leaves_nothing(random_llama: Path, text: Path, tmp_path: Path) -> None:
@@ -115,7 +136,7 @@ def test_nonsense_is_one_line_and_leaves_nothing(random_llama: Path, text: Path,
     assert "unknown ranking 'ampp'; did you mean 'amp'" in refusal("--by", "ampp")
     assert "ratio 2 is no share" in refusal("--ratio", "2")
     assert "--heads some is none of" in refusal("--heads", "some")
-    assert "unknown corpus 'fodoc'" in refusal("--text", "fodoc")
+    assert "unknown corpus 'fodoc'" in refusal("--corpus", "fodoc")
     assert "less than one batch" in refusal("--recover", text, "--tokens", "5")
     out.mkdir()
     (out / "mine").write_text("kept")

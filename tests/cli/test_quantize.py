@@ -53,7 +53,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantized(model: Path, text: Path, out: Path, *more: object) -> tuple[object, ...]:
-    given = ("quantize", "--model", model, "--text", text, "--card-text", text, "--runs", out / "runs", *QUICK)
+    given = ("quantize", "--model", model, "--corpus", text, "--card-text", text, "--runs", out / "runs", *QUICK)
     return (*given, "--out", out / "small", *more)
 
 

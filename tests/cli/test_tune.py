@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from cli_helpers import vesalius
@@ -21,8 +22,12 @@ def test_it_finds_knocks_out_and_trains(mover: Path, tmp_path: Path) -> None:
     page = Path(told["report"]).read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and "What training changed" in page
     assert vesalius(*given).json == told  # the run is found again
+    shutil.rmtree(told["checkpoint"])
+    again = vesalius(*given).json
+    assert again["run"] == told["run"]
+    AutoModelForCausalLM.from_pretrained(again["checkpoint"])  # what was deleted is made again
     no = vesalius(*given, "--no-train").json
-    assert "tuned" not in no and no["checkpoint"] == ""
+    assert "tuned" not in no and no["checkpoint"] is None
 
 
 def test_nonsense_is_one_line(mover: Path, tmp_path: Path) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from families import some_ids, tiny
 
 from vesalius.change import Keep, cut, recording
+from vesalius.corpus import far_news
 from vesalius.errors import VesaliusError
-from vesalius.evaluate.card import Measured, Yardstick, card, measure
+from vesalius.evaluate.card import Measured, Yardstick, card, foretold, measure
+from vesalius.model import Model
 
 
 def yard(rows: int = 6) -> Yardstick:
@@ -74,5 +77,42 @@ def test_unlike_measurements_are_not_compared() -> None:
     model = tiny("llama")
     with pytest.raises(VesaliusError, match="different text or prompts"):
         card(measure(model, yard(4)), measure(model, yard(6)))
-    with pytest.raises(VesaliusError, match="causal language models"):
+    with pytest.raises(VesaliusError, match="models that foretell tokens"):
+        measure(tiny("t5"), yard())
+    with pytest.raises(VesaliusError, match="without a tokenizer, so no words can be hidden"):
         measure(tiny("bert"), yard())
+
+
+def test_a_masked_model_is_asked_for_hidden_words() -> None:
+    """The same words of both models; losses and hits are those of plain transformers at these places."""
+    reader = far_news.tokenizer(64)
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = tf.BertConfig(
+            vocab_size=len(reader), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+            max_position_embeddings=64, initializer_range=0.3,
+        )  # fmt: skip
+        models.append(Model.wrap(tf.BertForMaskedLM(config), reader, name=f"bert-{seed}"))
+    model, other = models
+    ids = torch.randint(5, len(reader), (6, 40), generator=torch.Generator().manual_seed(0))
+    yard = Yardstick(ids, timed=True)
+    asked = foretold(model, yard)
+    given, targets = asked.inputs["input_ids"], asked.targets
+    assert (given[:, 0] == reader.cls_token_id).all() and (given[:, -1] == reader.sep_token_id).all()
+    assert (targets[targets != -100] == torch.cat([ids[:, :1], ids], 1)[:, :40][targets != -100]).all()
+    assert 20 <= int((targets != -100).sum()) <= 50
+    found = measure(other, yard, base=model)
+    with torch.no_grad():
+        p, q = (m.hf(given, attention_mask=asked.inputs.get("attention_mask")).logits.double() for m in (model, other))
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    losses, kl, right = [], [], []
+    for row in range(6):
+        at = [i for i in range(40) if int(targets[row, i]) != -100]
+        losses.append(float(torch.stack([-q[row, i, targets[row, i]] for i in at]).mean()))
+        kl.append(float(torch.stack([(p[row, i].exp() * (p[row, i] - q[row, i])).sum() for i in at]).mean()))
+        right += [bool(q[row, i].argmax() == targets[row, i]) for i in at]
+    assert np.allclose(found.loss, losses, atol=1e-5) and found.right["hidden words"].tolist() == right
+    assert found.divergence is not None and np.allclose(found.divergence, kl, atol=1e-5)
+    rows = table(measure(model, yard), found)
+    assert {"hidden words accuracy", "perplexity", "prefill"} <= set(rows) and "decode" not in rows

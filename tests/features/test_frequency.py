@@ -157,6 +157,14 @@ def test_controls_lose_what_they_should() -> None:
     assert not set(mixed) & set(SENTENCES)
 
 
+def test_a_word_that_the_tokenizer_does_not_know_is_refused(clocked: Model) -> None:
+    """Every unknown word is the same token: a stream of them has no sentences to follow."""
+    known = made_sentences(16)
+    strange = [*known[:7], (*known[7][:2], "zzyzx", known[7][3]), *known[8:]]
+    with pytest.raises(VesaliusError, match="the word 'zzyzx' is unknown to the tokenizer of .*leave out its sentence"):
+        unit_series(clocked, strange, 2)
+
+
 def test_no_word_of_the_made_sentences_stands_twice() -> None:
     words = [w for s in made_sentences(64, seed=4) for w in s]
     assert len(set(words)) == 256 and made_sentences(60, 1) != made_sentences(60, 2)

@@ -31,6 +31,12 @@ def test_too_few_texts_are_neither_different_nor_equivalent() -> None:
     assert row["p_holm"] > 0.05 and not row["equivalent"]
 
 
+def test_intervals_end_where_values_do() -> None:
+    groups = {"a": [1.0, 1.0, 1.0, 1.0, 0.5], "b": [-1.0, -1.0, -1.0, -1.0, -0.6]}
+    found = compare(groups, bound=0.1, limits=(-1, 1))
+    assert found.means["high"].max() == 1 and found.means["low"].min() == -1 and found.pairs["high"][0] == 2
+
+
 def test_the_same_distribution_is_rarely_called_different() -> None:
     """200 divisions of one group: no more alarms than the 5 % that are promised, with room for 200 draws."""
     values = np.random.default_rng(7).choice([-1.0, -0.3, 1.0], 90, p=[0.5, 0.2, 0.3])

@@ -118,3 +118,18 @@ def test_too_few_examples_are_refused_with_how_many_are_needed() -> None:
         probe(model, TEXTS, ["a", "b"] * 30, groups=[1, 2])
     with pytest.raises(VesaliusError, match="unknown site 'resid_pst'"):
         probe(model, TEXTS, ["a", "b"] * 30, site="resid_pst")
+
+
+def test_an_example_that_stands_twice_is_never_trained_and_tried_on() -> None:
+    """Forty random vectors, each three times: no label of theirs can be read off one that was left out."""
+    labels = [["a", "b"][k] for k in np.random.default_rng(3).permutation([0, 1] * 20)] * 3
+    texts = [f"t{i}" for i in range(40)] * 3
+    it = _Examples.of(texts, labels, None, None, texts, False, 5, np.random.default_rng(0))
+    assert all(len({it.fold[i + 40 * k] for k in range(3)}) == 1 for i in range(40))
+    x = np.tile(RNG.standard_normal((40, 300)), (3, 1))
+    told, _ = _one(x, it, False, 0)
+    assert told["accuracy"] < 0.75 and told["high"] - told["low"] > 0.2  # forty examples, not 120
+    with pytest.raises(VesaliusError, match="2 different examples for 5 folds"):
+        probe(spoken("llama"), TEXTS[:2] * 30, ["a", "b"] * 30)
+    with pytest.raises(VesaliusError, match="1 of 'c07', 52 labels more"):
+        probe(spoken("llama"), TEXTS, [f"c{i:02}" for i in range(60)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from families import tiny
 from transformers import AutoModelForCausalLM
 
+from vesalius import checkpoints
 from vesalius.build import build, preset
 from vesalius.corpus import Source, synthetic_source
 from vesalius.corpus.bigrams import BigramTable, bigram_table
@@ -230,10 +232,30 @@ def test_an_interrupted_search_ends_with_the_mask_it_would_have_had(
         patch.setattr(Trainer, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
             learn_masks(model, corpus, recipe, out=tmp_path / "cut")
+
     cut = learn_masks(model, corpus, recipe, out=tmp_path / "cut")
     assert (cut / MASK).read_bytes() == (whole / MASK).read_bytes()
     assert json.loads((cut / NOTE).read_text())["fingerprint"] == model.fingerprint
     assert not (cut / "steps").exists() and (cut / "model" / "config.json").exists()
+
+    def signalled(self: Trainer) -> Any:
+        """Ctrl-C after the weights have changed and before the step is counted."""
+        update = self.optimizer.step
+
+        def half(*given: Any) -> None:
+            update(*given)
+            signal.raise_signal(signal.SIGINT)
+
+        self.optimizer.step = half if self.done == 4 else update  # type: ignore[method-assign]
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            learn_masks(model, corpus, recipe, out=tmp_path / "signalled")
+    assert [p.name for p in tmp_path.glob("signalled/*/steps/*")] == [checkpoints.name_of(5)]
+    again = learn_masks(model, corpus, recipe, out=tmp_path / "signalled")
+    assert (again / MASK).read_bytes() == (whole / MASK).read_bytes()
     with pytest.raises(VesaliusError, match="too few for a bigram table"):
         (folder / "short.jsonl").write_text("\n".join(map(json.dumps, lines[:2])))
         small = MaskRecipe(steps=1, rows=1, length=4, check=1, held_out=0.5)

@@ -20,7 +20,7 @@ def by_hand(model: Model, text: str, layer: int) -> torch.Tensor:
     ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
     if model.anatomy.main.causal and model.kind == "causal":
         ids = torch.cat([torch.tensor([[1]]), ids], dim=1)
-    out = model.hf(input_ids=ids, output_hidden_states=True)
+    out = model.copied().hf(input_ids=ids, output_hidden_states=True)  # transformers leaves hooks of its own
     return out.hidden_states[layer + 1][0]
 
 
@@ -72,7 +72,7 @@ def test_one_pass_gives_every_layer_and_heads_apart() -> None:
 def test_an_encoder_decoder_is_read_in_its_encoder() -> None:
     model = spoken("t5")
     ids = model.tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
-    expected = model.hf.get_encoder()(input_ids=ids, output_hidden_states=True).hidden_states[2][0]
+    expected = model.copied().hf.get_encoder()(input_ids=ids, output_hidden_states=True).hidden_states[2][0]
     own = expected[: len(TEXTS[0].split())].mean(0)
     np.testing.assert_allclose(vectors(model, TEXTS, "mean@1")[0], own.detach().numpy(), atol=2e-5)
 
@@ -105,6 +105,10 @@ def test_texts_that_cannot_be_read_are_refused() -> None:
         vectors(model, ["w1", "  "], "mean@1")
     with pytest.raises(VesaliusError, match="70 tokens.*takes \\(64\\)"):
         vectors(model, [words(*range(1, 70))], "mean@1")
+    for reading in ("mean@1", "table", "sentence"):
+        with pytest.raises(VesaliusError, match="'zebra' is unknown to the tokenizer"):
+            vectors(model, ["w1", "zebra"], reading)
+    assert np.isfinite(vectors(model, ["w1 zebra"], "mean@1")).all()  # something of it is known
     with pytest.raises(VesaliusError, match="'w9' does not occur"):
         vectors(model, ["w1 w2"], "word@1", words=["w9"])
     with pytest.raises(VesaliusError, match="needs the word"):

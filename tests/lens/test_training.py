@@ -58,6 +58,18 @@ def affine(seed: int = 0) -> tuple[Model, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", [{}, {"rank": 6}, {"bias_only": True}])
+def test_states_of_nothing_but_zeros(text: Path, tmp_path: Path, form: dict[str, Any]) -> None:
+    """A model whose every weight is 0 says the same at every layer; so does any lens of it."""
+    model = small()
+    with torch.no_grad():
+        for p in model.hf.parameters():
+            p.zero_()
+    run = Run.open(train_lens(model, [str(text)], LensRecipe(**FAST, **form), out=tmp_path))
+    assert (run.table("quality")["kl"].abs() < 1e-6).all()
+    assert "nearer at 0 of 3 layers." in run.json("summary")["lead"]
+
+
+@pytest.mark.parametrize("form", [{}, {"rank": 6}, {"bias_only": True}])
 def test_the_regression_recovers_a_map_of_its_form(form: dict[str, Any]) -> None:
     model = small()
     generator = torch.Generator().manual_seed(0)

@@ -52,7 +52,8 @@ def bpe(digits: str, specials: list[str], size: int = 6000) -> Tokenizer:
 
 def opened(tokenizer: Any, kind: str = "causal", hf: Any = None) -> Any:
     """What a task needs of an opened model."""
-    return SimpleNamespace(tokenizer=tokenizer, kind=kind, hf=hf)
+    limit = getattr(getattr(hf, "config", None), "max_position_embeddings", None)
+    return SimpleNamespace(tokenizer=tokenizer, kind=kind, hf=hf, n_positions=limit)
 
 
 def read(model: Any, pairs: Any, clean: bool = True) -> torch.Tensor:

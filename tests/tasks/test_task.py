@@ -49,6 +49,24 @@ def test_held_out_of_a_small_space_takes_what_the_find_set_left(splitting: Any) 
         find.held_out(7).examples(splitting)
 
 
+def test_far_too_many_are_refused_without_drawing_for_hours(splitting: Any) -> None:
+    """Draws in vain are counted by what was found, not by what was asked for."""
+    draws = 0
+
+    @generator()
+    def few(words: Words, rng: random.Random) -> Iterator[Example]:
+        nonlocal draws
+        while True:
+            draws += 1
+            yield Example(f"the {rng.choice('abcdefgh')}", "the ball", (" of",), (" is",))
+
+    with pytest.raises(TaskError, match=r"\d different examples exist .*n=1000000 were asked for; lower n"):
+        made(few, n=1_000_000, on_misaligned="skip").examples(splitting)
+    assert draws < 30_000
+    with pytest.raises(TaskError, match="1,000,001 prompts are more than can be kept; give at most 1,000,000"):
+        task("ioi", n=1_000_001)
+
+
 def test_asking_for_more_than_exist_says_how_many_do(splitting: Any) -> None:
     with pytest.raises(TaskError, match="36 different examples exist .*n=37 were asked for; lower n"):
         task("arithmetic", n=37, shots=0).examples(splitting)

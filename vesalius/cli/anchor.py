@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads, staged
+from vesalius.cli.console import Screen, drawn, set_threads, staged, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -64,7 +62,6 @@ def anchor(
     from vesalius.corpus import plain_text
     from vesalius.find.anchored import LETTERS, draw, examine, place, read
     from vesalius.model.saving import new_folder
-    from vesalius.report import anchor_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -95,7 +92,7 @@ def anchor(
         "text": text.tolist(),
         "seed": seed,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             if save is not None:
@@ -116,7 +113,7 @@ def anchor(
 
         parts = [parse_part(p) for p in run.json("summary")["neurons"]]
         ValueEdit(parts, torch.from_numpy(run.array("edit")["change"])).save(opened, save)
-    report = anchor_report(run)
+    report = drawn(screen, run)
     _show(screen, run, str(report), save)
 
 
@@ -138,7 +135,8 @@ def lead(summary: dict[str, Any], repaired: dict[str, Any]) -> str:
 
 def _show(screen: Screen, run: Run, report: str, save: Path | None) -> None:
     summary, repairs = run.json("summary"), run.table("repairs")
-    lines: list[Any] = ["", repairs[["condition", "variation", "accuracy", "low", "high", "text"]]]
+    table = repairs[["condition", "variation", "accuracy", "low", "high", "text"]]
+    lines: list[Any] = ["", table.rename(columns={"text": "text loss added (nats)"})]
     writers = ", ".join(f"{p} {v:+.2f}" for p, v in summary["writers"].items())
     lines += [f"\nlogit(A) less the others' mean is {summary['difference']:+.2f}; most of it by {writers}"]
     if summary["upper"] is not None:
@@ -147,4 +145,4 @@ def _show(screen: Screen, run: Run, report: str, save: Path | None) -> None:
     lines += [f"\nrun     {run.folder}", f"report  {report}"]
     lines += [] if save is None else [f"model   {save}"]
     rows = {"repairs": repairs.to_dict("records"), "run": str(run.folder), "report": report}
-    screen.show(summary | rows | {"saved": None if save is None else str(save)}, *lines)
+    screen.show(summary | rows | {"checkpoint": None if save is None else str(save)}, *lines)

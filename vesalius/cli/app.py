@@ -49,6 +49,7 @@ def command_line() -> typer.Typer:
         compare,
         data,
         direction,
+        distil,
         dynamics,
         forget,
         frequency,
@@ -67,6 +68,7 @@ def command_line() -> typer.Typer:
         repair,
         reuse,
         sae,
+        sparsify,
         steer,
         subnetwork,
         trace,
@@ -85,14 +87,23 @@ def command_line() -> typer.Typer:
         rich_markup_mode="markdown",
     )
     app.callback()(_root)
-    finding = (circuit, reuse, compare)
-    training = (train, data, race, dynamics, recursion, icll, memorize, tune)
-    features = (direction, probe, bias, frequency, subnetwork, sae, codes, codebook)
-    changing = (prune, quantize, merge, repair, forget, card)
-    using = (write, steer)
-    reading = (heads, lens, channels, trace, anchor, observe, *features)
-    for module in (*finding, *reading, *training, *changing, *using, atlas, check, listing, catalogues):
-        module.register(app)
+    rooms = {
+        "Find and prove circuits": (circuit, reuse, compare, atlas),
+        "Look inside": (heads, lens, channels, trace, anchor, observe),
+        "Concepts and features": (direction, probe, bias, frequency, subnetwork, sae, codes, codebook),
+        "Train, and see what was learnt": (train, data, race, dynamics, recursion, icll, memorize, tune),
+        "Change a model": (prune, sparsify, quantize, merge, distil, repair, forget, card),
+        "Write": (write, steer),
+        "What there is": (check, listing, catalogues),
+    }
+    for panel, modules in rooms.items():
+        known = len(app.registered_commands), len(app.registered_groups)
+        for module in modules:
+            module.register(app)
+        for command in app.registered_commands[known[0] :]:
+            command.rich_help_panel = panel
+        for group in app.registered_groups[known[1] :]:
+            group.rich_help_panel = panel
     return app
 
 

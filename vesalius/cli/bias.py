@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +11,7 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, drawn, set_threads, typed
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.runs import Run
 
@@ -80,7 +78,6 @@ def bias(
     """
     from vesalius.features.bias import labour_statistics, tests
     from vesalius.features.vectors import Reading
-    from vesalius.report import bias_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -120,7 +117,7 @@ def bias(
         "seed": seed,
         "dtype": dtype,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             lines: list[str] = []
@@ -134,7 +131,7 @@ def bias(
                 _pronouns(screen, run, opened, shares, lines)
             told = {"model": request["model"], "lead": " ".join(lines), "notes": _notes(run), "command": command}
             run.save_json("summary", told | {"corpora": list(texts)})
-    bias_report(run)
+    drawn(screen, run)
     _show(screen, run)
 
 
@@ -212,7 +209,7 @@ def _associations(
 def _corpora(
     screen: Screen, run: Run, texts: dict[str, list[str]], context: Any, percentile: float, seed: int, lines: list[str]
 ) -> None:
-    from vesalius.features.bias import Corpus, compare, genbit, leans, word_bias
+    from vesalius.features.bias import LEANS, Corpus, compare, genbit, leans, word_bias
 
     rows, every, ratios = [], [], []
     with run.stage("corpora", len(texts)), screen.step("reading texts") as progress:
@@ -232,7 +229,7 @@ def _corpora(
     run.save_table("words", pd.concat(every, ignore_index=True))
     run.save_table("word_bias", pd.concat(ratios, ignore_index=True))
     if len(texts) > 1:
-        compared = compare({n: leans(t) for n, t in texts.items()}, bound=DOCUMENT_BOUND)
+        compared = compare({n: leans(t) for n, t in texts.items()}, bound=DOCUMENT_BOUND, limits=LEANS)
         _save_groups(run, "documents", compared)
 
 

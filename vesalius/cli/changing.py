@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import typer
 
+from vesalius import checkpoints
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude
+from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
 from vesalius.errors import TaskError, VesaliusError
 from vesalius.runs import Run
 
@@ -41,40 +44,156 @@ CardTasks = Annotated[
 ]
 CardN = Annotated[int, typer.Option("--card-n", min=2, help="Prompts of each task.", rich_help_panel=CARD_PANEL)]
 Timed = Annotated[
-    bool, typer.Option("--time/--no-time", help="Measure reading and writing speed.", rich_help_panel=CARD_PANEL)
+    bool,
+    typer.Option(
+        "--time/--no-time", help="Measure reading and writing speed, and peak memory.", rich_help_panel=CARD_PANEL
+    ),
 ]
 LENGTH = 128
 
 
+@dataclass(frozen=True)
+class CardOptions:
+    """Options of the card."""
+
+    card_text: CardText = "foldoc"
+    card_rows: CardRows = 32
+    card_tasks: CardTasks = CARD_TASKS
+    card_n: CardN = 64
+    timed: Timed = False
+
+    def card(self, seed: int, skip: int = 0) -> Card:
+        """What they ask for; `skip` texts are passed over first."""
+        return Card(self.card_text, self.card_rows, self.card_tasks, self.card_n, self.timed, seed, skip)
+
+
+@dataclass(frozen=True)
+class TimedCardOptions(CardOptions):
+    """The same, of changes that are made for speed."""
+
+    timed: Timed = True
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of the run, and of where the changed model goes."""
+
+    seed: o.Seed = 0
+    out: OutModel = None
+    runs: Runs = None
+    as_json: o.AsJson = False
+    fresh: o.Fresh = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Options of what the model is computed on, and whether its code is trusted."""
+
+    device: o.Device = None
+    trust_remote_code: o.Trust = False
+    threads: o.Threads = None
+
+    def screen(self, as_json: bool) -> Screen:
+        """Where the command says what it does; its threads are set."""
+        set_threads(self.threads)
+        return Screen(as_json)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the options of the card ask for.
+
+    Attributes:
+        text: a corpus, a file or a folder. rows: of it. tasks: names with commas between. n: prompts of each.
+        timed: whether speed is measured. seed: of the prompts.
+        skip: texts passed over first, since the change itself reads them.
+    """
+
+    text: str
+    rows: int
+    tasks: str
+    n: int
+    timed: bool
+    seed: int
+    skip: int = 0
+
+    def request(self) -> dict[str, Any]:
+        """Of the run."""
+        return {
+            "card_text": self.text, "card_rows": self.rows, "card_tasks": o.listed(self.tasks), "card_n": self.n,
+            "card_skip": self.skip, "timed": self.timed, "seed": self.seed,
+        }  # fmt: skip
+
+    def yardstick(self, model: Any) -> tuple[Any, list[str]]:
+        """What both sides are measured on, and notes on tasks that this tokenizer cannot ask."""
+        import vesalius
+        from vesalius.evaluate.card import Yardstick
+        from vesalius.tasks import TASKS
+
+        found, notes = {}, []
+        for name in o.listed(self.tasks):
+            TASKS.entry(name)
+            try:
+                found[name] = vesalius.task(name, n=self.n, seed=self.seed).pairs(model)
+            except TaskError as error:
+                notes.append(f"{name} is not on the card: {error}")
+        length, skip = row_length(model), self.skip
+        yard = Yardstick.of(model, self.text, self.rows, length, found, skip=skip, seed=self.seed, timed=self.timed)
+        return yard, notes
+
+
 def row_length(model: Any, wanted: int = LENGTH) -> int:
     """Tokens of a row, as far as the model has positions."""
-    return min(wanted, int(getattr(model.hf.config, "max_position_embeddings", 0) or wanted))
+    return min(wanted, model.n_positions or wanted)
 
 
-def causal(screen: Screen, spec: str, dtype: str | None, device: str | None, trust: bool, what: str) -> Any:
+def texts(screen: Screen, *names: str) -> dict[str, str]:
+    """What stands for each corpus, file or folder: it is fetched if it is not here, and refused if it is none."""
+    from vesalius.corpus.sources import stamp
+
+    found = {}
+    for name in sorted(set(names)):
+        with screen.step(f"reading {name}") as tell:
+            found[name] = stamp(name, tell)
+    return found
+
+
+def others(model: Any, card: Card, path: Path) -> Path:
+    """The corpus of the card without the documents that the card reads, as lines of JSON."""
+    import json
+
+    from vesalius.corpus.plain import other_documents
+    from vesalius.records import write_atomic
+
+    left = other_documents(model, card.text, card.rows, row_length(model), card.skip)
+    write_atomic(path, "".join(json.dumps({"text": d.text}) + "\n" for d in left).encode())
+    return path
+
+
+def carry_out(screen: Screen, request: Mapping[str, Any], where: RunOptions, work: Callable[[Run, str], None]) -> None:
+    """Begins the run or takes it up, does the work unless it is done, delivers the model and shows the card.
+
+    Args:
+        where: the runs' folder, and the new model's.
+        work: does it all, told the run and the command line; leaves `model`, `card` and `summary` in the run.
+    """
+    from vesalius.model.saving import new_folder
+
+    command = typed()
+    with Run.start(request, where.runs, where.fresh, command) as run:
+        if not run.done or checkpoints.troubles(run.folder / "model"):
+            if where.out is not None:
+                new_folder(where.out)
+            work(run, command)
+    finish(screen, run, where.out)
+
+
+def causal(screen: Screen, spec: str, machine: Machine, what: str, dtype: str | None = None) -> Any:
     """The model, opened whole; in the checkpoint's own precision unless asked otherwise."""
-    opened = o.opened(screen, spec, dtype or "auto", device, None, trust)
+    opened = o.opened(screen, spec, dtype or "auto", machine.device, None, machine.trust_remote_code)
     if opened.kind != "causal":
         raise VesaliusError(f"{opened.name} is {opened.kind}; {what}")
     return opened
-
-
-def yardstick(
-    model: Any, text: str, rows: int, tasks: str, n: int, seed: int, timed: bool, skip: int = 0
-) -> tuple[Any, list[str]]:
-    """What both sides are measured on, and notes on tasks that this tokenizer cannot ask."""
-    import vesalius
-    from vesalius.evaluate.card import Yardstick
-    from vesalius.tasks import TASKS
-
-    found, notes = {}, []
-    for name in o.listed(tasks):
-        TASKS.entry(name)
-        try:
-            found[name] = vesalius.task(name, n=n, seed=seed).pairs(model)
-        except TaskError as error:
-            notes.append(f"{name} is not on the card: {error}")
-    return Yardstick.of(model, text, rows, row_length(model), found, skip=skip, seed=seed, timed=timed), notes
 
 
 def measured(
@@ -87,7 +206,7 @@ def measured(
     """The card of several changed models beside the base; the first is the one that is kept. Stored as `card`.
 
     Args:
-        models: makers by name: one model is held at a time. yard: from `yardstick`.
+        models: makers by name: one model is held at a time. yard: from `Card.yardstick`.
     """
     from dataclasses import replace
 
@@ -108,6 +227,11 @@ def measured(
     return card
 
 
+def at_hand(models: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Makers, for `measured`, of models that are in memory already."""
+    return {name: partial(lambda model: model, model) for name, model in models.items()}
+
+
 def cleared(folder: Path) -> Path:
     """The folder without what a killed sitting left."""
     import shutil
@@ -125,11 +249,10 @@ def value(card: pd.DataFrame, model: str, metric: str, column: str = "after") ->
 def finish(screen: Screen, run: Run, out: Path | None, tables: Sequence[pd.DataFrame] = ()) -> None:
     """Delivers the model, draws the report, prints the card."""
     from vesalius.change.keeping import deliver
-    from vesalius.report import change_report
     from vesalius.report.words import amount
 
     folder = deliver(run.folder / "model", out)
-    change_report(run)
+    drawn(screen, run)
     card = run.table("card")
     shown = card[["model", "metric", "before", "after", "change", "low", "high"]]
     shown = shown.assign(**{k: shown[k].map(amount) for k in ("before", "after")})

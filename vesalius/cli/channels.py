@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated, Any
 
 import numpy as np
@@ -11,8 +9,8 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, set_threads
-from vesalius.errors import UnknownName
+from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
+from vesalius.errors import UnknownName, VesaliusError
 from vesalius.parts import Edge, parse_part
 from vesalius.runs import Run
 from vesalius.scores import Scores
@@ -62,8 +60,6 @@ def channels(
     Every head's output matrix is taken apart into components, and each is scored by how much of a later head's query,
     key or value input lies along it (composition scores). No text is read unless --task asks what the channels do.
     """
-    from vesalius.report import channels_report
-
     screen = Screen(as_json)
     set_threads(threads)
     o.check_memory(memory)
@@ -92,11 +88,11 @@ def channels(
         "seed": seed,
         "dtype": dtype,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             _study(screen, run, request, opened, pairs, memory, command)
-    channels_report(run)
+    drawn(screen, run)
     _show(screen, run, top)
 
 
@@ -104,7 +100,11 @@ def _named(model: Any, text: str | None) -> list[str] | None:
     """The heads of a list of addresses, each of which the model has."""
     if text is None:
         return None
-    return [str(model.anatomy.require(parse_part(t.strip()))) for t in text.split(",") if t.strip()]
+    found = [model.anatomy.require(parse_part(t.strip())) for t in o.listed(text)]
+    for part in found:
+        if part.side:
+            raise VesaliusError(f"{part} names what a head reads; name the head, and what it reads with --kind")
+    return [str(p) for p in found]
 
 
 def _study(
@@ -134,7 +134,7 @@ def _study(
         )
     summary = {
         "model": model.name,
-        "task": request["task"] or "weights alone",
+        "task": request["task"],
         "edges": len(scores),
         "components": scores.info["components"],
         "kinds": kinds,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, set_threads, typed
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +17,10 @@ def register(app: typer.Typer) -> None:
 
 def check(
     model: Annotated[
-        str, typer.Argument(help="Short name, hub name, folder, .gguf file or wheel: (see `vesalius models`).")
+        str,
+        typer.Argument(
+            help="Short name, hub name, folder, .gguf file or `wheel:NAME==VERSION/PATH`; see `vesalius models`."
+        ),
     ] = o.MODEL_DEFAULT,
     seed: o.Seed = 0,
     out: o.Out = None,
@@ -48,7 +48,7 @@ def check(
         "seed": seed,
         "dtype": dtype,
     }
-    with Run.start(request, out, True, "vesalius " + shlex.join(sys.argv[1:])) as run:
+    with Run.start(request, out, True, typed()) as run:
         with screen.step("checking") as progress:
             found = run_checks(opened, seed=seed, progress=progress)
         frame = found.to_frame()
@@ -61,7 +61,7 @@ def check(
         f"{kind}: {'usable' if u['usable'] else 'NOT usable'}{' (' + u['reason'] + ')' if u['reason'] else ''}"
         for kind, u in usable.items()
     ]
-    if not found.ok and opened.dtype != torch.float64:
+    if not found.ok and str(opened.dtype) != "torch.float64":
         words.append("\nnote: run it again with --dtype float64 to tell rounding (large weights) from a wrong anatomy")
     summary = {"model": opened.name, "ok": found.ok, "checks": frame.to_dict("records"), "usable": usable}
     screen.show(

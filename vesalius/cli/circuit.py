@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +10,8 @@ import typer
 from pydantic import ValidationError
 
 from vesalius.cli import options as o
-from vesalius.cli.circuit_study import CircuitRequest, CircuitStudy
-from vesalius.cli.console import Screen, estimate, set_threads, settings
+from vesalius.cli.console import Screen, drawn, estimate, set_threads, settings, typed
 from vesalius.errors import UnknownName, VesaliusError
-from vesalius.find.base import METHODS, parameters
-from vesalius.report import circuit_report
 from vesalius.runs import Run
 
 COMPARED = "relp,eap-ig,attribution-patching"
@@ -47,8 +42,16 @@ def circuit(
     ablations: Annotated[
         str, typer.Option(help="What stands for the rest: counterfactual, mean, resample, zero.")
     ] = "counterfactual,mean",
-    compare: Annotated[str | None, typer.Option(help="Methods to set against exact patching; 'none' for none.")] = None,
-    direction: Annotated[str | None, typer.Option(help="denoise or noise, for methods that have directions.")] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Methods to set against exact patching; {COMPARED} by default for heads and MLPs, 'none' for none."
+        ),
+    ] = None,
+    direction: Annotated[
+        str | None,
+        typer.Option(help="noise (what is lost without a part; the default here) or denoise (what it restores alone)."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of integrated gradients (eap-ig).")] = None,
     budget: Annotated[
         int | None, typer.Option(help="Verify at most this many parts exactly; a gradient screen chooses.")
@@ -77,6 +80,8 @@ def circuit(
     it on prompts that were not used to find it, next to random circuits of its size. Leaves a run folder with all
     numbers and report.html. The same command finds its run again; an interrupted one goes on where it stopped.
     """
+    from vesalius.cli.circuit_study import CircuitRequest, CircuitStudy
+
     screen = Screen(as_json)
     set_threads(threads)
     level = "edge" if method == "acdc" and level == "node" else level
@@ -117,7 +122,7 @@ def circuit(
         raise VesaliusError(
             f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}, not {first['input']!r}"
         ) from None
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start({"command": "circuit", **request.model_dump()}, out, fresh, command) as run:
         if not run.done:
             if run.status.get("attempts", 1) > 1:
@@ -135,7 +140,7 @@ def circuit(
                 anyway=anyway,
             )
             study.go(command)
-    report = circuit_report(run)
+    report = drawn(screen, run)
     _show(screen, run, report)
 
 
@@ -148,6 +153,8 @@ def _method_options(
     position: str | None,
     more: list[str] | None,
 ) -> dict[str, Any]:
+    from vesalius.find.base import METHODS, parameters
+
     known = parameters(method)
     if level not in ("node", "edge"):
         raise UnknownName("level", level, ("node", "edge"))
@@ -193,6 +200,8 @@ def _ablations(text: str) -> list[str]:
 
 
 def _compared(compare: str | None, method: str, level: str) -> list[str]:
+    from vesalius.find.base import METHODS
+
     if compare is None:
         compare = COMPARED if method == "activation-patching" and level == "node" else "none"
     names = [] if compare == "none" else o.listed(compare)

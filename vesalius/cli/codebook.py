@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +9,9 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, set_threads
+from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
 from vesalius.errors import VesaliusError
-from vesalius.runs import DEFAULT_ROOT, Run
+from vesalius.runs import Run
 
 TRAIN_PANEL = "Training"
 Corpus = Annotated[
@@ -67,7 +65,6 @@ def train(
     """
     from vesalius.cli.console import settings
     from vesalius.features.codebooks import CodebookRecipe, train_codebooks
-    from vesalius.report import codebook_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -84,14 +81,14 @@ def train(
         raise VesaliusError("--data-set is for a synthetic corpus, as --corpus synthetic:fsm --data-set states=30")
     opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
     source: Any = corpus if corpus.startswith("synthetic:") else o.listed(corpus)
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with screen.step("training codebooks") as tell:
         places = o.listed(at)
         folder = train_codebooks(
             opened, places, source, recipe, out=out, fresh=fresh, command_line=command, tell=tell, **options
         )
     run = Run.open(folder)
-    codebook_report(run)
+    drawn(screen, run)
     losses = run.json("summary")["losses"]
     conclude(screen, run, pd.DataFrame({"held-out loss": list(losses), "nats": list(losses.values())}))
 
@@ -117,7 +114,6 @@ def show(
     from vesalius.features.codebooks.books import identity
     from vesalius.features.codebooks.reading import commonest
     from vesalius.features.dictionaries import corpus_rows, place_name, prompt_rows
-    from vesalius.report import codebook_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -146,7 +142,7 @@ def show(
         "data": rows.fingerprint,
         "seed": seed,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             with screen.step("choosing codes"):
@@ -172,7 +168,7 @@ def show(
             run.save_json("codes", pages)
             summary = {"model": model.name, "place": place, "lead": lead, "notes": [], "command": command}
             run.save_json("summary", summary)
-    codebook_report(run)
+    drawn(screen, run)
     lines: list[Any] = [run.table("fit").head(10) if run.has("fit.parquet") else run.table("used")]
     for page in run.json("codes"):
         lines.append(f"\ncode {page['code']}")
@@ -200,7 +196,6 @@ def steer(
     from vesalius.features.codebooks.books import identity
     from vesalius.features.dictionaries import prompt_rows
     from vesalius.features.dictionaries.using import written
-    from vesalius.report import codebook_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -223,7 +218,7 @@ def steer(
         "tokens": tokens,
         "seed": seed,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             ids = prompt_rows(model, [prompt]).ids[0][None].to(model.device)
@@ -244,7 +239,7 @@ def steer(
                 "command": command,
             }
             run.save_json("summary", summary)
-    codebook_report(run)
+    drawn(screen, run)
     texts = run.json("summary")["texts"]
     conclude(screen, run, f"without  {' '.join(texts[0].split())}", f"forced   {' '.join(texts[1].split())}")
 
@@ -258,9 +253,6 @@ def _code(text: str) -> tuple[str, int, int]:
 
 def _folder(name: str) -> Path:
     from vesalius.features.codebooks.books import NOTE
-    from vesalius.run_index import find_run
+    from vesalius.run_index import find_folder
 
-    folder = Path(name)
-    if (folder / NOTE).exists() or folder.is_dir() or "/" in name:
-        return folder
-    return Path(find_run(name, [DEFAULT_ROOT]).folder)
+    return find_folder(name, NOTE)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
+import math
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, set_threads
+from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
 from vesalius.runs import Run
 
 SHOWN = 12  # heads in the terminal's table
@@ -28,10 +27,14 @@ def codes(
         int, typer.Option("--n", min=1, help="Prompts on which the task can be solved, and as many not.")
     ] = 10,
     task_set: o.TaskSet = None,
-    features: Annotated[int, typer.Option(min=2, help="Features of the small autoencoder: how fine codes are.")] = 20,
+    features: Annotated[
+        int, typer.Option(min=2, max=10_000, help="Features of the small autoencoder: how fine codes are.")
+    ] = 20,
     l1: Annotated[float, typer.Option("--l1", min=0.0, help="Weight of its sparsity penalty.")] = 0.05,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of training, each over all prompts and heads.")] = 200,
-    seeds: Annotated[int, typer.Option(min=1, help="Autoencoders whose scores are averaged.")] = 5,
+    steps: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Steps of training, each over all prompts and heads.")
+    ] = 200,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Autoencoders whose scores are averaged.")] = 5,
     of: Annotated[str, typer.Option("--of", help="z (a head's mix of values) or write (what it adds).")] = "z",
     count: Annotated[str, typer.Option(help="examples, codes or share: what is counted.")] = "examples",
     position: Annotated[
@@ -55,7 +58,6 @@ def codes(
     """
     from vesalius.features.dictionaries.codes import codes_of, head_vectors, heads_of, places_of, rows_of
     from vesalius.find.base import find
-    from vesalius.report import codes_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -85,7 +87,7 @@ def codes(
         "seed": seed,
         "dtype": dtype,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             with screen.step("reading heads") as progress:
@@ -115,16 +117,17 @@ def codes(
                 "command": command,
             }
             run.save_json("summary", summary)
-    codes_report(run)
+    drawn(screen, run)
     _show(screen, run)
 
 
 def lead(scores: Any, plain: Any, n: int, agree: float) -> str:
     """What was found, in two sentences."""
     best = [f"{p} ({v:.2f})" for p, v in zip(scores.top(4).parts, scores.top(4).values, strict=True)]
+    alike = "cannot be compared by rank" if math.isnan(agree) else f"ranks heads alike by Spearman {agree:.2f}"
     return (
         f"From {n} prompts that can be solved and {n} that cannot, codes never seen on the latter are commonest in "
-        f"{', '.join(best)}. The plain difference of outputs ranks heads alike by Spearman {agree:.2f}, and puts "
+        f"{', '.join(best)}. The plain difference of outputs {alike}, and puts "
         f"{', '.join(map(str, plain.top(4).parts))} first."
     )
 
@@ -134,6 +137,8 @@ def notes(scores: Any, items: list[str], task: str) -> list[str]:
     found = []
     if task == "ioi" and "corruption=swap" in items:
         found.append("with corruption=swap both prompts can be solved: codes tell which name, not whether")
+    if not (scores.values > 0).any():
+        found.append("no head has a code of its own where the task can be solved: lower --l1, or raise --features")
     full = float((scores.values > 0.8).mean())
     if full > 0.3:
         found.append(

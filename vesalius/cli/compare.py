@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +11,7 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen
+from vesalius.cli.console import Screen, drawn, typed
 from vesalius.errors import VesaliusError
 from vesalius.run_index import find_run
 from vesalius.runs import DEFAULT_ROOT, Run
@@ -42,8 +40,6 @@ def compare(
     The runs may differ in method, task or model. Scores are compared over the parts that both runs scored, heads, MLPs
     and edges apart. Leaves a run with a report.
     """
-    from vesalius.report import compare_report
-
     if len(runs) < 2:
         raise VesaliusError("comparing takes two or more runs; `vesalius runs` lists them")
     found = [find_run(r, [out or DEFAULT_ROOT]) for r in runs]
@@ -89,13 +85,14 @@ def compare(
         notes.append(
             "parts of different models are matched by address: it means something if one was made from another"
         )
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start({"command": "compare", "runs": [r.hash for r in found], "seed": seed}, out, True, command) as made:
         made.save_json("summary", {"runs": entries, "notes": notes, "command": command})
         made.save_table("matrix", matrix)
         made.save_table("top", pd.DataFrame(tops))
-    path = compare_report(made)
-    Screen(as_json).show(
+    screen = Screen(as_json)
+    path = drawn(screen, made)
+    screen.show(
         {"runs": entries, "matrix": rows, "notes": notes, "run": str(made.folder), "report": str(path)},
         shown,
         *["", *(f"note: {n}" for n in notes)][: 1 + len(notes)],

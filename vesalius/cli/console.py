@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,11 @@ MOST_THREADS = 1024
 SHORT = 12  # characters of a text that is never folded
 QUIET_SECONDS = 2.0  # steps shorter than this leave no trace where there is no terminal
 SAY_SECONDS = 5.0  # between two messages of one step, where there is no terminal
+
+
+def typed() -> str:
+    """The command line as it could be typed again."""
+    return "vesalius " + shlex.join(sys.argv[1:])
 
 
 class Screen:
@@ -102,7 +109,7 @@ def frame_table(frame: pd.DataFrame, title: str | None = None) -> Table:
     columns: list[list[Text]] = []
     for column in frame.columns:
         cells = [_cell(v) for v in frame[column]]
-        head = str(column).replace("_", " ")
+        head = str(column).replace("_", " ").strip()
         if pd.api.types.is_numeric_dtype(frame[column]):
             table.add_column(head.replace(" ", "\n"), justify="right", no_wrap=True)
         else:
@@ -147,6 +154,14 @@ def staged(run: Run, screen: Screen) -> Iterator[Callable[[str], Any]]:
             return current.enter_context(screen.step(name))
 
         yield step
+
+
+def drawn(screen: Screen, run: Run) -> Path:
+    """The run's report, drawn with its name on the screen while it takes its time."""
+    from vesalius.report import report
+
+    with screen.step("drawing the report"):
+        return report(run)
 
 
 def conclude(screen: Screen, run: Run, *lines: Any, **more: Any) -> None:

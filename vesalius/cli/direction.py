@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +11,7 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, drawn, set_threads, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -65,7 +63,7 @@ def direction(
         bool, typer.Option("--show-texts", help="Print what was written too; a model may write offensive things.")
     ] = False,
     save: Annotated[Path | None, typer.Option(help="Keep the axis as PATH.safetensors and PATH.json.")] = None,
-    permutations: Annotated[int, typer.Option(min=0, help="Shuffles of the labels, for p.")] = 200,
+    permutations: Annotated[int, typer.Option(min=0, max=100_000, help="Shuffles of the labels, for p.")] = 200,
     seed: o.Seed = 0,
     out: o.Out = None,
     as_json: o.AsJson = False,
@@ -86,7 +84,6 @@ def direction(
     from vesalius.features.concepts import concept as concept_of
     from vesalius.features.directions import AXES, Axis
     from vesalius.features.vectors import Reading, default_reading, layer_of
-    from vesalius.report import direction_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -136,7 +133,7 @@ def direction(
         "seed": seed,
         "dtype": dtype,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             axis = known or _found(screen, run, opened, found, request)
@@ -149,7 +146,7 @@ def direction(
             run.save_json("summary", axis.told() | told)
     if save is not None:
         Axis.load(run.folder / "axis").save(save)
-    direction_report(run)
+    drawn(screen, run)
     _show(screen, run, save, show_texts)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated, Any
 
 import pandas as pd
@@ -11,8 +9,7 @@ import typer
 
 from vesalius import checkpoints
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
-from vesalius.find.base import METHODS
+from vesalius.cli.console import Screen, drawn, set_threads, typed
 from vesalius.run_index import find_run
 from vesalius.runs import Run
 
@@ -46,12 +43,13 @@ def dynamics(
     """
     import vesalius
     from vesalius.prove.dynamics import moment
-    from vesalius.report import dynamics_report
     from vesalius.train.running import data_of_run, recipe_of
 
     screen = Screen(as_json)
     set_threads(threads)
     o.check_memory(memory)
+    from vesalius.find.base import METHODS
+
     METHODS.entry(method)
     parent = find_run(run)
     recipe = recipe_of(parent)
@@ -68,7 +66,7 @@ def dynamics(
         "batches": batches,
         "seed": seed,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as found:
         if not found.done:
             held_out = data_of_run(parent, screen.note).held_out
@@ -116,7 +114,7 @@ def dynamics(
             }
             summary |= {"unit": unit, "lead": lead(numbers, heads), "notes": [], "command": command}
             found.save_json("summary", summary | story(numbers, heads))
-    dynamics_report(found)
+    drawn(screen, found)
     _show(screen, found)
 
 

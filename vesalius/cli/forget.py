@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import shlex
-import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +11,8 @@ import typer
 
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen
+from vesalius.cli.groups import expanded
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -25,7 +22,7 @@ TRAIN_PANEL = "Training"
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("forget")(forget)
+    app.command("forget")(expanded(forget))
 
 
 def forget(
@@ -64,6 +61,21 @@ def forget(
     alpha: Annotated[
         float, typer.Option("--alpha", help="Of what the reinforced model raises.", rich_help_panel=TRAIN_PANEL)
     ] = 5.0,
+    labels: Annotated[
+        str,
+        typer.Option(
+            "--labels", help="soft: whole distributions; hard: the likeliest token.", rich_help_panel=TRAIN_PANEL
+        ),
+    ] = "soft",
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep",
+            help="Plain text that must not move: a name of `vesalius corpora`, a file or a folder; none.",
+            rich_help_panel=WHAT_PANEL,
+        ),
+    ] = "foldoc",
+    keep_rows: Annotated[int, typer.Option("--keep-rows", min=1, help="Rows of it.", rich_help_panel=WHAT_PANEL)] = 64,
     reinforce_steps: Annotated[
         int, typer.Option("--reinforce-steps", min=1, help="Of the reinforced model.", rich_help_panel=TRAIN_PANEL)
     ] = 120,
@@ -71,6 +83,15 @@ def forget(
         float, typer.Option("--reinforce-lr", help="Its peak learning rate.", rich_help_panel=TRAIN_PANEL)
     ] = 1e-4,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Updates.", rich_help_panel=TRAIN_PANEL)] = 120,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            "--rounds",
+            min=1,
+            help="Of --skill: so many times --steps at most, until what is trained on is at chance.",
+            rich_help_panel=TRAIN_PANEL,
+        ),
+    ] = 10,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of one.", rich_help_panel=TRAIN_PANEL)] = 8,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=TRAIN_PANEL)] = 3e-5,
     control: Annotated[
@@ -79,25 +100,17 @@ def forget(
             "--control/--no-control", help="Also go up the text's loss, beside it.", rich_help_panel=TRAIN_PANEL
         ),
     ] = True,
-    card_text: c.CardText = "foldoc",
-    card_rows: c.CardRows = 32,
-    card_tasks: c.CardTasks = c.CARD_TASKS,
-    card_n: c.CardN = 64,
-    timed: c.Timed = False,
-    seed: o.Seed = 0,
-    out: c.OutModel = None,
-    runs: c.Runs = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
     dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    yardstick: c.CardOptions,
+    where: c.RunOptions,
+    machine: c.Machine,
 ) -> None:
     """Make a model forget a text (a book, a client's papers, a person), or a skill.
 
     It is taught what it would have said had it never read the text: a model trained further on the text tells what
-    belongs to it, and the text's names are replaced by common ones. The card tells what else was lost, and --probes
+    belongs to it, and the text's names are replaced by common ones. Among its rows are some of other text (--keep), of
+    which it is to say what it says. The card tells what else was lost, and --probes
     what is left of the text; beside it stands a model trained up the text's loss. A skill is forgotten by training on
     random labels of half its items, and audited: what carries over, what spills to other tasks, what a linear probe
     still reads. Leaves an ordinary checkpoint.
@@ -106,43 +119,41 @@ def forget(
     from vesalius.change.faults import read_faults
     from vesalius.change.forget import ForgetPlan, read_anchors
     from vesalius.cli import forget_skill
-    from vesalius.corpus import documents
-    from vesalius.model.saving import new_folder
     from vesalius.records import sha256
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     if (what is None) == (skill is None):
         raise VesaliusError("name the text to forget, --what FILE, or the skill, --skill FILE; one of the two")
     items = [] if skill is None else read_items(skill)
     text = "" if what is None else _text(what)
-    plan: Any = AuditPlan(steps, rows, lr, seed)
+    plan: Any = AuditPlan(steps, rows, lr, where.seed, rounds)
     if what is not None:
-        plan = ForgetPlan(how, alpha, reinforce_steps, reinforce_lr, steps, lr, rows, seed)  # type: ignore[arg-type]
+        plan = ForgetPlan(how, alpha, reinforce_steps, reinforce_lr, steps, lr, rows, where.seed, labels)  # type: ignore[arg-type]
     asked = [] if probes is None else read_faults(probes)
     if any(not f.good for f in asked):
         raise VesaliusError(f"{probes}: a probe without good; every line says what the model knows")
     given = {} if anchors in ("auto", "none") else read_anchors(anchors)
-    documents(card_text)
-    opened = c.causal(screen, model, dtype, device, trust_remote_code, "causal language models forget")
+    kept = keep != "none" and skill is None
+    card = yardstick.card(where.seed, keep_rows if kept and keep == yardstick.card_text else 0)
+    read = c.texts(screen, *([keep] if kept else []), yardstick.card_text)
+    opened = c.causal(screen, model, machine, "causal language models forget", dtype)
     given_file = what or skill
     assert given_file is not None
     request = {
-        "command": "forget", "model": opened.name, "fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
+        "command": "forget", "model": opened.name, "model_fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
         "what": sha256(given_file), "skill": skill is not None,
         "probes": "" if probes is None else sha256(probes),
-        "anchors": given or anchors, "plan": vars(plan), "control": control, "card_text": card_text,
-        "card_rows": card_rows, "card_tasks": o.listed(card_tasks), "card_n": card_n, "timed": timed, "seed": seed,
+        "anchors": given or anchors, "plan": vars(plan), "control": control, "read": read,
+        "keep": keep if kept else "none", "keep_rows": keep_rows if kept else 0, **card.request(),
     }  # fmt: skip
-    command = "vesalius " + shlex.join(sys.argv[1:])
-    with Run.start(request, runs, fresh, command) as run:
-        if out is not None and not run.done:
-            new_folder(out)
-        if not run.done and skill is not None:
-            forget_skill.work(screen, run, opened, items, plan, request, command)
-        elif not run.done:
-            _work(screen, run, opened, text, given, asked, plan, request, command)
-    c.finish(screen, run, out)
+
+    def begin(run: Run, line: str) -> None:
+        if skill is not None:
+            forget_skill.work(screen, run, opened, items, plan, card, request, line)
+        else:
+            _work(screen, run, opened, text, given, asked, plan, card, request, line)
+
+    c.carry_out(screen, request, where, begin)
 
 
 def _text(path: Path) -> str:
@@ -154,23 +165,22 @@ def _text(path: Path) -> str:
 
 def _work(
     screen: Screen, run: Run, model: Any, text: str, given: dict[str, str], probes: list[Any], plan: Any,
-    request: dict[str, Any], command: str,
+    card: c.Card, request: dict[str, Any], command: str,
 ) -> None:  # fmt: skip
     from vesalius.change.faults import likelihood
     from vesalius.change.forget import find_anchors
     from vesalius.change.forget import forget as work
     from vesalius.change.keeping import keep_change
-    from vesalius.corpus import documents
-    from vesalius.model.anatomy import read_anatomy
+    from vesalius.corpus import documents, plain_text
 
     anchors = given
     if request["anchors"] == "auto":
         background = " ".join(d.text for d, _ in zip(documents(request["card_text"]), range(2000), strict=False))
         anchors = find_anchors(text, background, seed=request["seed"])
     run.save_table("anchors", pd.DataFrame(sorted(anchors.items()), columns=["term", "stands for it"]))
-    base = replace(model, hf=copy.deepcopy(model.hf).eval())
-    base = replace(base, anatomy=read_anatomy(base.hf))
+    base = model.copied()
     length = c.row_length(model)
+    other = plain_text(model, request["keep"], request["keep_rows"], length).numpy() if request["keep_rows"] else None
     rows = []
 
     def judged(name: str) -> None:
@@ -184,26 +194,21 @@ def _work(
         with run.stage("control", 1), screen.step("training up the loss") as tell:
             up = work(model, text, {}, replace(plan, how="ascent"), length, tell)
         judged("ascent")
-        others["ascent"] = copy.deepcopy(model.hf)
+        others["ascent"] = model.copied()
         up.edit.undo(model)
     with run.stage("forget", 1), screen.step("forgetting") as tell:
-        done = work(model, text, anchors, plan, length, tell)
+        done = work(model, text, anchors, plan, length, tell, other)
     judged("forgot")
     run.save_table("log", done.log)
     run.save_table("labels", done.examples)
     if rows:
         run.save_table("probes", pd.DataFrame(rows))
-    yard, notes = c.yardstick(
-        base, request["card_text"], request["card_rows"], ",".join(request["card_tasks"]), request["card_n"],
-        request["seed"], request["timed"],
-    )  # fmt: skip
-    makers: dict[str, Any] = {"forgot": lambda: model}
-    makers |= {k: (lambda hf=hf: replace(model, hf=hf.eval(), anatomy=read_anatomy(hf))) for k, hf in others.items()}
-    card = c.measured(screen, run, base, makers, yard)
+    yard, notes = card.yardstick(base)
+    makers = c.at_hand({"forgot": model, **others})
+    measured = c.measured(screen, run, base, makers, yard)
     with run.stage("save", 1), screen.step("saving"):
-        shutil.rmtree(run.folder / "model", ignore_errors=True)
-        keep_change(model, model, run.folder / "model", "forget", request, card)
-    change = c.value(card, "forgot", "perplexity", "change")
+        keep_change(model, base, c.cleared(run.folder / "model"), "forget", request, measured)
+    change = c.value(measured, "forgot", "perplexity", "change")
     by = {r["model"]: r for r in rows}
     lead = f"{done.changed:.0%} of the text's tokens got another label"
     if rows:
@@ -215,7 +220,7 @@ def _work(
             lead += f" ({by['ascent']['said']:.0%} after going up the loss)"
     lead += f". Perplexity of other text x {change:.3f}"
     if others:
-        lead += f" (up the loss: x {c.value(card, 'ascent', 'perplexity', 'change'):.3f})"
+        lead += f" (up the loss: x {c.value(measured, 'ascent', 'perplexity', 'change'):.3f})"
     if plan.how in ("both", "anchors") and not anchors:
         notes.append("no name was found in the text, so nothing was translated")
     tables = [

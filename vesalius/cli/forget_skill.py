@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -17,24 +14,23 @@ from vesalius.runs import Run
 
 
 def work(
-    screen: Screen, run: Run, model: Any, items: Sequence[Any], plan: Any, request: dict[str, Any], command: str
-) -> None:
+    screen: Screen, run: Run, model: Any, items: Sequence[Any], plan: Any, card: c.Card, request: dict[str, Any],
+    command: str,
+) -> None:  # fmt: skip
     """The matrix of all tasks, then the first one forgotten for good, measured and kept."""
-    from vesalius.change.audit import ask, halves, matrix, predictors, random_labels, still_there, unlearn
+    from vesalius.change.audit import ask, halves, matrix, predictors, still_there, unlearn
     from vesalius.change.keeping import keep_change
-    from vesalius.model.anatomy import read_anatomy
 
     tasks = list(dict.fromkeys(i.task for i in items))
     with run.stage("matrix", 1), screen.step("forgetting every task in turn") as tell:
         found = matrix(model, items, plan, tell)
     run.save_table("matrix", found)
     run.save_table("predictors", predictors(model, items, found, plan.seed))
-    base = replace(model, hf=copy.deepcopy(model.hf).eval())
-    base = replace(base, anatomy=read_anatomy(base.hf))
+    base = model.copied()
     train, held = halves(items, tasks[0], plan.seed)
     mine, notes, probes = [i for i in items if i.task == tasks[0]], list[str](), []
     with run.stage("forget", 1), screen.step(f"forgetting {tasks[0]}") as tell:
-        _, log = unlearn(model, random_labels(train, plan.seed), plan, tell)
+        _, log = unlearn(model, train, plan, tell)
     run.save_table("log", log)
     with run.stage("probe", 1), screen.step("probing"):
         for name, one in (("before", base), ("forgot", model)):
@@ -44,14 +40,10 @@ def work(
                 notes = [f"no probe was fitted: {error}"]
     if probes:
         run.save_table("probes", pd.concat(probes, ignore_index=True))
-    yard, missing = c.yardstick(
-        base, request["card_text"], request["card_rows"], ",".join(request["card_tasks"]), request["card_n"],
-        request["seed"], request["timed"],
-    )  # fmt: skip
-    card = c.measured(screen, run, base, {"forgot": lambda: model}, yard)
+    yard, missing = card.yardstick(base)
+    measured = c.measured(screen, run, base, {"forgot": lambda: model}, yard)
     with run.stage("save", 1), screen.step("saving"):
-        shutil.rmtree(run.folder / "model", ignore_errors=True)
-        keep_change(model, model, run.folder / "model", "forget", request, card)
+        keep_change(model, base, c.cleared(run.folder / "model"), "forget", request, measured)
     own = found[(found["forgot"] == tasks[0]) & (found["asked"] == tasks[0])].set_index("items")
     after = ask(model, held)
     lead = (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +11,11 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, records_of, set_threads, stored_tables
+from vesalius.cli.console import Screen, conclude, drawn, records_of, set_threads, stored_tables, typed
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.runs import Run
 
+_ONLY = {f"{raw}{rate}": f"{raw}{rate} only" for raw in ("", "raw_") for rate in ("sentence", "phrase")}
 CLOSELY = 12  # units whose activation at the places of a sentence is shown
 
 
@@ -35,11 +34,11 @@ def frequency(
     ] = None,
     words: Annotated[int, typer.Option(min=3, max=40, help="With --corpus: words in a sentence.")] = 8,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Sentences; 64 by default, or all of a file.")] = None,
-    orders: Annotated[int, typer.Option(min=2, help="Random orders in which they are read.")] = 20,
+    orders: Annotated[int, typer.Option(min=2, max=1000, help="Random orders in which they are read.")] = 20,
     controls: Annotated[
         str, typer.Option("--controls", help="shuffled, exchanged, untrained: a list, all, or none.")
     ] = "all",
-    permutations: Annotated[int, typer.Option(min=0, help="Shuffles of time, for p.")] = 1000,
+    permutations: Annotated[int, typer.Option(min=0, max=100_000, help="Shuffles of time, for p.")] = 1000,
     recordings: Annotated[
         Path | None, typer.Option("--recordings", help="A .npz or .h5 file of recordings to the same sentences.")
     ] = None,
@@ -65,7 +64,6 @@ def frequency(
     """
     from vesalius.features.frequency.similarity import check_stimuli, read_recordings
     from vesalius.features.frequency.tagging import CONDITIONS, fitting
-    from vesalius.report import frequency_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -98,11 +96,11 @@ def frequency(
         "seed": seed,
         "dtype": dtype,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             _work(screen, run, opened, rows, heard, request, source, command)
-    frequency_report(run)
+    drawn(screen, run)
     _show(screen, run)
 
 
@@ -222,4 +220,5 @@ def _show(screen: Screen, run: Run) -> None:
     found = stored_tables(run, ("conditions", "profile", "similarity"))
     profile = found["profile"][["layer", "sentence", "phrase", "both", "share", "low", "high"]]
     nearest = ["", found["similarity"]] if "similarity" in found else []
-    conclude(screen, run, found["conditions"], "", profile, *nearest, **records_of(found))
+    shown = [table.rename(columns=_ONLY) for table in (found["conditions"], profile)]
+    conclude(screen, run, shown[0], "", shown[1], *nearest, **records_of(found))

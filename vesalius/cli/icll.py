@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated, Any
 
 import pandas as pd
@@ -11,7 +9,7 @@ import typer
 
 from vesalius import checkpoints
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, records_of, set_threads, stored_tables
+from vesalius.cli.console import Screen, conclude, drawn, records_of, set_threads, stored_tables, typed
 from vesalius.errors import VesaliusError
 from vesalius.run_index import find_run
 from vesalius.runs import Run
@@ -46,7 +44,6 @@ def icll(
     """
     import vesalius
     from vesalius.corpus.automata import RegularLanguages
-    from vesalius.report import icll_report
     from vesalius.train.running import recipe_of
 
     screen = Screen(as_json)
@@ -67,11 +64,11 @@ def icll(
         "command": "icll", "model": recipe.name, "training": parent.hash, "step": saved[0], "n": n, "heads": heads,
         "seed": seed,
     }  # fmt: skip
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as found:
         if not found.done:
             _work(screen, found, vesalius.open(f"{parent.folder}@step{saved[0]}"), task, request, command)
-    icll_report(found)
+    drawn(screen, found)
     _show(screen, found)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +9,7 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, set_threads
+from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
 from vesalius.runs import Run
 
 READ_PANEL = "Reading"
@@ -20,7 +18,7 @@ Prompt = Annotated[str, typer.Argument(help="The text to read.")]
 Tokens = Annotated[
     list[str] | None,
     typer.Option(
-        "--tokens", help="A token to follow, as ' Paris' with its space. Repeatable.", rich_help_panel=READ_PANEL
+        "--token", help="A token to follow, as ' Paris' with its space. Repeatable.", rich_help_panel=READ_PANEL
     ),
 ]
 Position = Annotated[
@@ -140,7 +138,6 @@ def _read(
 ) -> None:
     from vesalius.lens import trajectory
     from vesalius.lens.base import layer_name, position_of
-    from vesalius.report import lens_report
     from vesalius.report.words import token
 
     lens, identity = lens_of(opened, name, transfer)
@@ -157,7 +154,7 @@ def _read(
         "position": place,
         "top": top,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     likeliest: list[dict[str, Any]] = [
         {"layer": n, "name": layer_name(n), "top": found.top(n, place)} for n in found.layers
     ]
@@ -174,7 +171,7 @@ def _read(
             summary = {"model": opened.name, "lens": lens.name, "prompt": prompt, "position": place}
             summary |= {"tokens": found.chosen, "depth": depth, "lead": told, "notes": [], "command": command}
             run.save_json("summary", summary)
-    lens_report(run)
+    drawn(screen, run)
     frame = found.to_frame()
     here = frame[frame["position"] == place].iloc[::-1]
     shown = pd.DataFrame({"layer": here["name"]})
@@ -193,7 +190,7 @@ def direct(
     model: o.ModelName = o.MODEL_DEFAULT,
     tokens: Annotated[
         str | None,
-        typer.Option("--tokens", help="The token asked about, as ' Paris'; the likeliest by default."),
+        typer.Option("--token", help="The token asked about, as ' Paris'; the likeliest by default."),
     ] = None,
     against: Annotated[
         str | None, typer.Option("--against", help="Another token: attribute the difference of the two logits.")
@@ -220,7 +217,6 @@ def direct(
     terms as scores and report.html.
     """
     from vesalius.lens import attribute
-    from vesalius.report import lens_report
     from vesalius.report.words import token
 
     screen = Screen(as_json)
@@ -239,7 +235,7 @@ def direct(
         "position": found.position,
         "neurons": split,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     frame = found.to_frame()
     rows = frame.loc[frame["value"].abs().sort_values(ascending=False, kind="stable").index].head(top)
     with Run.start(request, out, fresh, command) as run:
@@ -262,5 +258,5 @@ def direct(
                     "this model's head is not linear: its slope at the actual state is used, and `head` is the rest"
                 )
             run.save_json("summary", summary | {"lead": told, "notes": notes, "command": command})
-    lens_report(run)
+    drawn(screen, run)
     conclude(screen, run, rows[["part", "kind", "value"]], terms=rows[["part", "kind", "value"]].to_dict("records"))

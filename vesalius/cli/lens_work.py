@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +11,7 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, set_threads
+from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
 from vesalius.cli.lens import LensOf, Transfer, lens_of
 from vesalius.errors import PartError, VesaliusError
 from vesalius.runs import Run
@@ -81,7 +79,6 @@ def train(
     layer beside the logit lens's, on held-out text; a run that was stopped or killed goes on and ends the same.
     """
     from vesalius.lens import LensRecipe, train_lens
-    from vesalius.report import lens_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -103,11 +100,11 @@ def train(
         seed=seed,
     )
     opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with screen.step("training a lens") as tell:
         folder = train_lens(opened, o.listed(corpus), recipe, out=out, fresh=fresh, command_line=command, tell=tell)
     run = Run.open(folder)
-    lens_report(run)
+    drawn(screen, run)
     quality, spent = run.table("quality"), run.json("spent")
     wide = quality.pivot(index="layer", columns="lens", values=["kl", "perplexity", "agree"])
     names = quality.drop_duplicates("layer").set_index("layer")["name"]
@@ -155,7 +152,6 @@ def basis(
     from vesalius.corpus.order import Order
     from vesalius.lens.base import layer_name
     from vesalius.lens.basis import agreement, causal_basis, influences, random_directions, sample_states
-    from vesalius.report import lens_report
     from vesalius.train.assembly import store_of
 
     screen = Screen(as_json)
@@ -183,7 +179,7 @@ def basis(
         "words": words,
         "seed": seed,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             sample = sample_states(opened, torch.from_numpy(order.batch(0).ids[:, :-1].copy()), at)
@@ -217,7 +213,7 @@ def basis(
                 "command": command,
             }
             run.save_json("summary", summary)
-    lens_report(run)
+    drawn(screen, run)
     shown = run.table("directions")[["kind", "direction", "lens", "model", "alignment"]]
     conclude(screen, run, shown, directions=shown.to_dict("records"))
 
@@ -269,7 +265,6 @@ def anomaly(
     """
     from vesalius.lens import detect
     from vesalius.lens.anomaly import DETECTORS, feature_names, read_prompts
-    from vesalius.report import lens_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -287,7 +282,7 @@ def anomaly(
         "detector": detector,
         "seed": seed,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             with screen.step("reading prompts") as progress:
@@ -305,7 +300,7 @@ def anomaly(
             summary = {"model": opened.name, "lens": found.name, "detector": detector, "auroc": made.auroc}
             summary |= {"normal": len(usual), "test": len(suspicious), "lead": told, "notes": [], "command": command}
             run.save_json("summary", summary)
-    lens_report(run)
+    drawn(screen, run)
     table = run.table("prompts").sort_values("score", ascending=False, kind="stable")
     rates = pd.DataFrame([{"by": k, **v} for k, v in run.json("summary")["auroc"].items()])
     conclude(screen, run, rates, table.head(10), prompts=table.to_dict("records"))

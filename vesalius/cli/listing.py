@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import webbrowser
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen
+from vesalius.cli.console import Screen, drawn
 from vesalius.errors import VesaliusError
 
 _SET = "give a parameter with --{0}-set KEY=VALUE"
@@ -31,7 +30,7 @@ def models(
     out: o.NoOut = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """What opens here by a short name, and what is cached. A hub name, folder, .gguf file or wheel: opens too."""
+    """What opens here by a short name, and what is cached. A hub name, folder, .gguf file or wheel opens too."""
     from vesalius.model.sources import listing, resolve
 
     screen = Screen(as_json)
@@ -147,7 +146,6 @@ def report(
 ) -> None:
     """Draw a run's report again from what it recorded, and say where it is."""
     from vesalius.errors import UnknownName
-    from vesalius.report import report as draw
     from vesalius.run_index import find_run
     from vesalius.runs import DEFAULT_ROOT
 
@@ -156,12 +154,13 @@ def report(
         raise VesaliusError(
             f"{found.folder} has no summary yet (it is {found.state}); run its command again to finish it"
         )
+    screen = Screen(as_json)
     try:
-        path = Path(draw(found))
+        path = drawn(screen, found)
     except UnknownName:
         raise VesaliusError(
             f"`vesalius {found.request.get('command')}` leaves no report; its tables are in {found.folder}"
         ) from None
-    Screen(as_json).show({"run": str(found.folder), "report": str(path)}, str(path))
+    screen.show({"run": str(found.folder), "report": str(path)}, str(path))
     if show:
         webbrowser.open(path.resolve().as_uri())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +11,8 @@ import typer
 
 from vesalius import checkpoints
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, drawn, set_threads, typed
 from vesalius.errors import VesaliusError
-from vesalius.model.sources.spec import STEP
 from vesalius.run_index import find_run
 from vesalius.runs import Run
 
@@ -64,7 +61,6 @@ def memorize(
     forecasts of the target's set. Leaves a run with all numbers and report.html; an interrupted one goes on after the
     last checkpoint it measured.
     """
-    from vesalius.report.memorization import memorization_report
     from vesalius.train.running import data_of_run, recipe_of
 
     screen = Screen(as_json)
@@ -88,7 +84,7 @@ def memorize(
         "against": [f"{other.hash}@{step}" for _, other, step in others],
         "seed": seed,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as found:
         if not found.done:
             data = data_of_run(parent, screen.note)
@@ -98,7 +94,7 @@ def memorize(
             measured, flops = _measure(found, screen, parent, chosen, asked, batch)
             foreign, notes = _foreign(found, screen, others, asked, batch, data.source.fingerprint)
             _conclude(found, asked, measured, final, flops, foreign, notes, recipe.name, parent, command)
-    memorization_report(found)
+    drawn(screen, found)
     _show(screen, found)
 
 
@@ -111,6 +107,8 @@ def _steps(run: Run, text: str, target: str) -> tuple[list[int], int]:
 
 def _other(text: str) -> tuple[str, Run, int]:
     """A predictor: its name, its run and its step."""
+    from vesalius.model.sources.spec import STEP
+
     split = STEP.fullmatch(text)
     run = find_run(split["run"] if split else text)
     step = checkpoints.chosen(run.folder / checkpoints.FOLDER, (split["step"] if split else None) or "last")[-1]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen
+from vesalius.cli.groups import expanded
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -20,7 +19,7 @@ MERGE_PANEL = "How"
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("merge")(merge)
+    app.command("merge")(expanded(merge))
 
 
 def merge(
@@ -46,19 +45,10 @@ def merge(
         bool,
         typer.Option("--rescale/--no-rescale", help="Pay back what dare drops.", rich_help_panel=MERGE_PANEL),
     ] = True,
-    card_text: c.CardText = "foldoc",
-    card_rows: c.CardRows = 32,
-    card_tasks: c.CardTasks = c.CARD_TASKS,
-    card_n: c.CardN = 64,
-    timed: c.Timed = False,
-    seed: o.Seed = 0,
-    out: c.OutModel = None,
-    runs: c.Runs = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    device: o.Device = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    yardstick: c.CardOptions,
+    where: c.RunOptions,
+    machine: c.Machine,
 ) -> None:
     """Merge models fine-tuned from one base: the skills of each, with no training.
 
@@ -67,40 +57,40 @@ def merge(
     report that says how far each model went from the base.
     """
     from vesalius.change.merge import MergePlan
-    from vesalius.corpus import documents
-    from vesalius.model.saving import new_folder
     from vesalius.model.sources import resolve
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     try:
         each = tuple(float(w) for w in o.listed(weights))
     except ValueError:
         raise VesaliusError(f"--weights {weights} are not numbers with commas between") from None
-    plan = MergePlan(method, each, scale, drop, density, rescale, seed)
-    documents(card_text)  # refuses names that are none, and fetches
+    plan = MergePlan(method, each, scale, drop, density, rescale, where.seed)
+    card = yardstick.card(where.seed)
+    read = c.texts(screen, yardstick.card_text)
     located = []
     for spec in (base, *models):
         with screen.step(f"finding {spec}") as progress:
-            located.append(resolve(spec, trust_remote_code=trust_remote_code, progress=progress))
+            located.append(resolve(spec, trust_remote_code=machine.trust_remote_code, progress=progress))
     request = {
-        "command": "merge", "model": located[0].name, "fingerprint": located[0].fingerprint,
+        "command": "merge", "model": located[0].name, "model_fingerprint": located[0].fingerprint,
         "models": [m.fingerprint for m in located[1:]], "method": method, "weights": list(each), "scale": scale,
-        "drop": drop, "density": density, "rescale": rescale, "card_text": card_text, "card_rows": card_rows,
-        "card_tasks": o.listed(card_tasks), "card_n": card_n, "timed": timed, "seed": seed,
+        "drop": drop, "density": density, "rescale": rescale, "read": read, **card.request(),
     }  # fmt: skip
-    command = "vesalius " + shlex.join(sys.argv[1:])
-    with Run.start(request, runs, fresh, command) as run:
-        if out is not None and not run.done:
-            new_folder(out)
-        if not run.done:
-            _work(screen, run, located, plan, request, device, trust_remote_code, command)
-    c.finish(screen, run, out)
+
+    def opened(spec: str) -> Any:
+        return c.causal(screen, spec, machine, "a card tells of causal language models")
+
+    c.carry_out(
+        screen,
+        request,
+        where,
+        lambda run, line: _work(screen, run, located, opened, plan, card, request, line),
+    )
 
 
 def _work(
-    screen: Screen, run: Run, located: list[Any], plan: Any, request: dict[str, Any], device: str | None, trust: bool,
-    command: str,
+    screen: Screen, run: Run, located: list[Any], opened: Callable[[str], Any], plan: Any, card: c.Card,
+    request: dict[str, Any], command: str,
 ) -> None:  # fmt: skip
     from dataclasses import replace
 
@@ -110,48 +100,40 @@ def _work(
 
     base, *others = located
 
-    def opened(spec: str) -> Any:
-        return c.causal(screen, spec, None, device, trust, "a card tells of causal language models")
-
     made, folders = {}, {"merged": plan}
     if plan.method != "linear":
         folders["average"] = replace(MergePlan("linear"), weights=plan.weights)
     for name, how in folders.items():
-        part = run.folder / f"{name}.part"
-        shutil.rmtree(part, ignore_errors=True)
+        part = c.cleared(run.folder / f"{name}.part")
         with run.stage(name, 1), screen.step(f"merging ({name})") as tell:
             made[name] = make(base, others, how, part, progress=tell)
     merged, told = made["merged"]
     model = opened(base.spec)
-    yard, notes = c.yardstick(
-        model, request["card_text"], request["card_rows"], ",".join(request["card_tasks"]), request["card_n"],
-        request["seed"], request["timed"],
-    )  # fmt: skip
+    yard, notes = card.yardstick(model)
     makers = {name: (lambda f=folder: opened(str(f))) for name, (folder, _) in made.items()}
     names = [m.name if [x.name for x in located].count(m.name) == 1 else m.spec for m in others]
     makers |= {name: (lambda s=m.spec: opened(s)) for name, m in zip(names, others, strict=True)}
-    card = c.measured(screen, run, model, makers, yard)
+    measured = c.measured(screen, run, model, makers, yard)
     run.save_table("deltas", told.by_model())
     if told.kept:
         notes.append(
             f"{len(told.kept)} tensors stay the base's: " + "; ".join(f"{k} ({v})" for k, v in told.kept.items())
         )
     with run.stage("save", 1), screen.step("saving"):
-        shutil.rmtree(run.folder / "model", ignore_errors=True)
         of = [{"name": m.name, "spec": m.spec, "fingerprint": m.fingerprint, "sha256": m.sha256} for m in located]
-        keep_files(merged, run.folder / "model", "merge", of, request, card)
+        keep_files(merged, c.cleared(run.folder / "model"), "merge", of, request, measured)
     for folder, _ in made.values():
-        shutil.rmtree(folder, ignore_errors=True)
-    change = c.value(card, "merged", "perplexity", "change")
+        c.cleared(folder)
+    change = c.value(measured, "merged", "perplexity", "change")
     names_told = ", ".join(names)
     lead = (
         f"{names_told} merged into {base.name} by {plan.method}"
         + (f", {plan.drop:.0%} of each change dropped" if plan.method in ("dare", "dare-ties", "magnitude") else "")
-        + f": perplexity of plain text {c.value(card, 'merged', 'perplexity'):.1f}, "
-        + f"{c.value(card, 'merged', 'perplexity', 'before'):.1f} before"
+        + f": perplexity of plain text {c.value(measured, 'merged', 'perplexity'):.1f}, "
+        + f"{c.value(measured, 'merged', 'perplexity', 'before'):.1f} before"
     )
     if "average" in made:
-        lead += f" and {c.value(card, 'average', 'perplexity'):.1f} for the plain average"
+        lead += f" and {c.value(measured, 'average', 'perplexity'):.1f} for the plain average"
     summary = {
         "model": base.name, "change": "merge", "title": f"{names_told} merged", "lead": lead + ".", "notes": notes,
         "command": command, "kept": told.kept, "tensors": told.tensors,

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, set_threads
+from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -25,6 +22,7 @@ if TYPE_CHECKING:
 
 ROWS = 6  # rows of text drawn token by token
 WORDS = 15
+FLAT = 1e-5  # of the largest score: scores that differ by less are rounding
 
 
 def register(app: typer.Typer) -> None:
@@ -49,13 +47,13 @@ def observe(
     ] = None,
     texts: Annotated[
         str | None,
-        typer.Option("--texts", help="Text to score: a file, a folder or a corpus (`vesalius corpora`)."),
+        typer.Option("--corpus", help="Text to score: a corpus by name, a file or a folder (`vesalius corpora`)."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=8, help="How many tokens of it are read.")] = 2000,
     between: Annotated[
         str | None,
         typer.Option(
-            "--between", help="For MLPs on the path: 'PROMPT | PROMPT', one for each side; else the mean of --texts."
+            "--between", help="For MLPs on the path: 'PROMPT | PROMPT', one for each side; else the mean of --corpus."
         ),
     ] = None,
     seed: o.NoSeed = 0,
@@ -70,12 +68,11 @@ def observe(
 ) -> None:
     """Ask what moves a difference of logits: which heads, by which direction of their input, and where in a text it is.
 
-    Works from weights alone. With --texts heads of different layers are comparable, every token is scored, and with
+    Works from weights alone. With --corpus heads of different layers are comparable, every token is scored, and with
     --with the coupling of two observables is predicted and measured.
     """
     from vesalius.lens import Observable
     from vesalius.lens.places import check_path, stage_of
-    from vesalius.report import observe_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -88,7 +85,7 @@ def observe(
     if texts is None and between is None and any(p.kind == "mlp" for p in path):
         raise VesaliusError(
             f"{next(p for p in path if p.kind == 'mlp')} is not linear: take its tangent between two prompts "
-            "(--between 'The nurse said | The king said') or at the mean of a text (--texts foldoc)"
+            "(--between 'The nurse said | The king said') or at the mean of a text (--corpus foldoc)"
         )
     prompts = None
     if between is not None:
@@ -114,11 +111,11 @@ def observe(
         "between": list(prompts) if prompts else None,
         "dtype": dtype,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             _study(screen, run, _Asked(opened, asked, other, path, at, read, tokens, prompts), command)
-    observe_report(run)
+    drawn(screen, run)
     _show(screen, run)
 
 
@@ -203,19 +200,31 @@ def _study(screen: Screen, run: Run, it: _Asked, command: str) -> None:
                 second, half = other.scores(found).numpy(), len(rows) // 2
                 seen = sum(r.shape[1] - 1 for r in rows[:half])  # tokens whose covariance foretells the others' slope
                 x, y = scores[seen:], second[seen:]
-                run.save_table("pairs", pd.DataFrame({"first": x, "second": y}))
-                measured = {"slope": float(np.polyfit(x, y, 1)[0]), "measured_r": float(np.corrcoef(x, y)[0, 1])}
-                if half:
+                measured = _line(x, y)
+                if measured:
+                    run.save_table("pairs", pd.DataFrame({"first": x, "second": y}))
+                else:
+                    notes.append("one observable's score is the same for all tokens of this text: no slope is measured")
+                if half and measured:
                     weighted = coupling(feature, other, moments(model, rows[:half], feature.at))
                     measured |= {"weighted": weighted.coefficient, "r": weighted.r}
                 summary["coupling"] |= measured
     run.save_json("summary", summary | {"lead": lead(summary, ranking), "notes": notes, "command": command})
 
 
-def _words(model: Any, vector: torch.Tensor) -> pd.DataFrame:
+def _line(x: Any, y: Any) -> dict[str, float]:
+    """Slope and correlation of two scores over tokens; nothing where one is the same for all."""
+    if len(x) < 2 or min(np.ptp(v) / max(float(np.abs(v).max()), 1e-30) for v in (x, y)) < FLAT:
+        return {}
+    return {"slope": float(np.polyfit(x, y, 1)[0]), "measured_r": float(np.corrcoef(x, y)[0, 1])}
+
+
+def _words(model: Any, vector: Any) -> pd.DataFrame:
     """Tokens whose embeddings lie furthest along a direction and furthest against it, by cosine."""
+    from torch.nn.functional import cosine_similarity
+
     table = model.hf.get_input_embeddings().weight.detach().float()
-    cosine = torch.nn.functional.cosine_similarity(table, vector.to(table.device)[None], dim=-1).cpu()
+    cosine = cosine_similarity(table, vector.to(table.device)[None], dim=-1).cpu()
     high, low = cosine.topk(WORDS), (-cosine).topk(WORDS)
     said = [[str(model.tokenizer.decode([int(i)])) for i in found.indices] for found in (high, low)]
     return pd.DataFrame(
@@ -223,7 +232,7 @@ def _words(model: Any, vector: torch.Tensor) -> pd.DataFrame:
     )
 
 
-def _tokens(model: Any, rows: list[torch.Tensor], scores: Any) -> pd.DataFrame:
+def _tokens(model: Any, rows: list[Any], scores: Any) -> pd.DataFrame:
     """Scores of the first rows token by token, and of the most extreme tokens of all with what stands before them."""
     places = [(i, j) for i, row in enumerate(rows) for j in range(1, row.shape[1])]
     order = set(np.argsort(-np.abs(scores))[:24].tolist())

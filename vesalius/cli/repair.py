@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +9,7 @@ import typer
 
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.groups import expanded
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -21,7 +19,7 @@ TRAIN_PANEL = "Training"
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("repair")(repair)
+    app.command("repair")(expanded(repair))
 
 
 def repair(
@@ -72,20 +70,11 @@ def repair(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Updates.", rich_help_panel=TRAIN_PANEL)] = 60,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Examples of one.", rich_help_panel=TRAIN_PANEL)] = 8,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=TRAIN_PANEL)] = 5e-5,
-    card_text: c.CardText = "foldoc",
-    card_rows: c.CardRows = 32,
-    card_tasks: c.CardTasks = c.CARD_TASKS,
-    card_n: c.CardN = 64,
-    timed: c.Timed = False,
-    seed: o.Seed = 0,
-    out: c.OutModel = None,
-    runs: c.Runs = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
     dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    yardstick: c.CardOptions,
+    where: c.RunOptions,
+    machine: c.Machine,
 ) -> None:
     """Repair a fault where it is felt: at every step only the most sensitive blocks are trained, on a leash.
 
@@ -96,37 +85,30 @@ def repair(
     from vesalius.change.faults import RepairPlan, read_faults
     from vesalius.change.repetition import DittoPlan
     from vesalius.cli.repair_work import Work
-    from vesalius.corpus import documents
-    from vesalius.model.saving import new_folder
     from vesalius.records import sha256
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     if (bad is None) != loops:
         raise VesaliusError("give --bad FILE (examples of a fault) or --loops (repetition), one of the two")
-    for corpus in {keep, card_text}:
-        documents(corpus)
+    card = yardstick.card(where.seed, keep_rows if keep == yardstick.card_text else 0)
+    read = c.texts(screen, keep, yardstick.card_text)
     faults = [] if bad is None else read_faults(bad)
     if bad is not None and len(faults) < 4:
         raise VesaliusError(f"{bad} holds {len(faults)} examples; at least 4 are needed, a quarter is held out")
     kind = loss or ("dpo" if all(f.good and f.bad for f in faults) else "sft" if all(f.good for f in faults)
                     else "unlikelihood")  # fmt: skip
-    plan: Any = DittoPlan(steps, rows, lr, gamma, seed=seed)
+    plan: Any = DittoPlan(steps, rows, lr, gamma, seed=where.seed)
     if bad is not None:
-        plan = RepairPlan(steps, rows, lr, k, how, size, kind, leash, seed=seed)  # type: ignore[arg-type]
-    opened = c.causal(screen, model, dtype, device, trust_remote_code, "causal language models are repaired")
+        plan = RepairPlan(steps, rows, lr, k, how, size, kind, leash, seed=where.seed)  # type: ignore[arg-type]
+    opened = c.causal(screen, model, machine, "causal language models are repaired", dtype)
     request = {
-        "command": "repair", "model": opened.name, "fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
+        "command": "repair", "model": opened.name, "model_fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
         "bad": "" if bad is None else sha256(bad), "loops": loops, "keep": keep, "keep_rows": keep_rows,
-        "plan": {k: v for k, v in vars(plan).items()}, "card_text": card_text, "card_rows": card_rows,
-        "card_tasks": o.listed(card_tasks), "card_n": card_n, "timed": timed, "seed": seed,
-        "card_skip": keep_rows if keep == card_text else 0,
+        "plan": vars(plan), "read": read, **card.request(),
     }  # fmt: skip
-    command = "vesalius " + shlex.join(sys.argv[1:])
-    with Run.start(request, runs, fresh, command) as run:
-        if out is not None and not run.done:
-            new_folder(out)
-        if not run.done:
-            work = Work(screen, run, opened, plan, request, command)
-            work.loops() if loops else work.fault(faults)
-    c.finish(screen, run, out)
+
+    def begin(run: Run, line: str) -> None:
+        work = Work(screen, run, opened, plan, card, request, line)
+        work.loops() if loops else work.fault(faults)
+
+    c.carry_out(screen, request, where, begin)

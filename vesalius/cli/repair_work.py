@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -19,19 +18,15 @@ SENTENCES = 50
 class Work:
     """What both repairs share: text, the card, the end."""
 
-    def __init__(self, screen: Screen, run: Run, model: Any, plan: Any, request: dict[str, Any], command: str) -> None:
+    def __init__(
+        self, screen: Screen, run: Run, model: Any, plan: Any, card: c.Card, request: dict[str, Any], command: str
+    ) -> None:
         from vesalius.corpus import plain_text
 
-        self.screen, self.run, self.model, self.plan = screen, run, model, plan
+        self.screen, self.run, self.model, self.plan, self.card = screen, run, model, plan, card
         self.request, self.command, self.notes = request, command, list[str]()
         self.text = plain_text(model, request["keep"], request["keep_rows"], c.row_length(model, 64))
-        self.base = copy.deepcopy(model.hf).eval()
-
-    def original(self) -> Any:
-        """The model as it was."""
-        from dataclasses import replace
-
-        return replace(self.model, hf=self.base, anatomy=_anatomy(self.base))
+        self.base = model.copied()
 
     def fault(self, faults: list[Any]) -> None:
         """IRepair, beside the whole model trained on the same examples."""
@@ -57,7 +52,7 @@ class Work:
         with self.run.stage("train all", 1), self.screen.step("training all blocks") as tell:
             everything = work(self.model, train, self.text, replace(self.plan, how="all"), tell)
         judged("all blocks", self.model)
-        controls["all blocks"] = copy.deepcopy(self.model.hf)
+        controls["all blocks"] = self.model.copied()
         everything.edit.undo(self.model)
         with self.run.stage("repair", 1), self.screen.step("repairing") as tell:
             done = work(self.model, train, self.text, self.plan, tell)
@@ -97,16 +92,18 @@ class Work:
 
     def loops(self) -> None:
         """DITTO, beside as much plain language modelling."""
-        from vesalius.change.learning import TextRows, learn
+        import torch
+
         from vesalius.change.repetition import break_loops, loops, reinforcement, sentences
         from vesalius.corpus import plain_text
+        from vesalius.train.learning import TextRows, learn
         from vesalius.train.objectives import make_objective
         from vesalius.train.objectives.special import needs_for
         from vesalius.train.select import choose
 
         model, skip = self.model, self.request["keep_rows"]
         more = plain_text(model, self.request["keep"], SENTENCES, c.row_length(model, 64), skip)
-        asked = sentences(model, torch_cat(self.text, more), min(SENTENCES, len(more)))
+        asked = sentences(model, torch.cat([self.text, more]), min(SENTENCES, len(more)))
         prompts = more[:, :PROMPT]
         rows, curves = [], []
 
@@ -124,7 +121,7 @@ class Work:
             source = TextRows(self.text, self.plan.rows, self.plan.seed, int(model.hf.config.vocab_size))
             learn(model, source, plain, self.plan.steps, self.plan.lr, self.plan.seed, tell=tell)
             judged("plain text")
-            control = copy.deepcopy(model.hf)
+            control = model.copied()
             model.hf.load_state_dict(state)
         with self.run.stage("repair", 1), self.screen.step("training against loops") as tell:
             edit, log = break_loops(model, self.text, self.plan, tell)
@@ -152,28 +149,17 @@ class Work:
 
     def keep(self, edit: Any, controls: dict[str, Any]) -> Any:
         """Measures, and saves the model with its undo."""
-        import shutil
-        from dataclasses import replace
-
         from vesalius.change.keeping import keep_change
 
-        base, r = self.original(), self.request
-        yard, notes = c.yardstick(base, r["card_text"], r["card_rows"], ",".join(r["card_tasks"]), r["card_n"],
-                                  r["seed"], r["timed"], r["card_skip"])  # fmt: skip
+        yard, notes = self.card.yardstick(self.base)
         self.notes += notes
-
-        def other(hf: Any) -> Any:
-            return replace(self.model, hf=hf.eval(), anatomy=_anatomy(hf))
-
-        makers: dict[str, Any] = {"repaired": lambda: self.model}
-        makers |= {name: (lambda hf=hf: other(hf)) for name, hf in controls.items()}
-        card = c.measured(self.screen, self.run, base, makers, yard)
-        folder = self.run.folder / "model"
-        shutil.rmtree(folder, ignore_errors=True)
+        makers = c.at_hand({"repaired": self.model, **controls})
+        card = c.measured(self.screen, self.run, self.base, makers, yard)
         small = sum(len(x.index) if x.index is not None else x.before.numel() for x in edit.changes)
         undo = edit if small < self.model.n_parameters / 2 else None
         with self.run.stage("save", 1), self.screen.step("saving"):
-            keep_change(self.model, self.model, folder, "repair", r, card, undo)
+            folder = c.cleared(self.run.folder / "model")
+            keep_change(self.model, self.base, folder, "repair", self.request, card, undo)
         self.run.save_table("tensors", edit.to_frame())
         return card
 
@@ -189,19 +175,6 @@ class Work:
         })  # fmt: skip
 
 
-def torch_cat(*tensors: Any) -> Any:
-    """Rows one after another."""
-    import torch
-
-    return torch.cat(tensors)
-
-
-def _anatomy(hf: Any) -> Any:
-    from vesalius.model.anatomy import read_anatomy
-
-    return read_anatomy(hf)
-
-
 def _room(model: Any) -> int:
-    longest = int(getattr(model.hf.config, "max_position_embeddings", 0) or PROMPT + WRITTEN)
-    return max(4, min(WRITTEN, longest - PROMPT))
+    """Tokens that may be written after a prompt."""
+    return max(4, min(WRITTEN, (model.n_positions or PROMPT + WRITTEN) - PROMPT))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -11,10 +9,9 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import RunStore, Screen, estimate, set_threads
+from vesalius.cli.console import RunStore, Screen, drawn, estimate, set_threads, typed
+from vesalius.defaults import DEFAULT_HELD_OUT
 from vesalius.errors import VesaliusError
-from vesalius.find.base import METHODS
-from vesalius.prove.reuse import HELD_OUT
 from vesalius.runs import Run
 
 OVERLAP = ["a", "b", "kind", "shared", "size_a", "size_b", "jaccard", "chance_jaccard", "p", "p_layer", "spearman"]
@@ -40,7 +37,7 @@ def reuse(
     prove_n: Annotated[
         int,
         typer.Option("--prove-n", help="Held-out prompts for the transplant, at most.", rich_help_panel=o.TASK_PANEL),
-    ] = HELD_OUT,
+    ] = DEFAULT_HELD_OUT,
     method: Annotated[
         str, typer.Option("--method", help="How parts are scored (see `vesalius methods`).")
     ] = "activation-patching",
@@ -74,7 +71,6 @@ def reuse(
     it stopped.
     """
     from vesalius.prove.reuse import reuse as lay_out
-    from vesalius.report import reuse_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -96,7 +92,7 @@ def reuse(
         "seed": seed,
         "dtype": dtype,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             with run.stage("circuits"), screen.step("measuring circuits") as progress:
@@ -121,7 +117,7 @@ def reuse(
                     run.save_table(name, table)
                 else:
                     run.save_json(name, table | {"command": command} if name == "summary" else table)
-    reuse_report(run)
+    drawn(screen, run)
     _show(screen, run)
 
 
@@ -135,6 +131,8 @@ def _check(tasks: list[str], models: list[str], method: str, prove_n: int) -> No
         )
     if len(tasks) * len(models) < 2:
         raise VesaliusError("one circuit has nothing to be compared with; give two tasks, or two models")
+    from vesalius.find.base import METHODS
+
     levels = METHODS.entry(method).info.get("levels", ("node",))
     if "node" not in levels:
         raise VesaliusError(f"{method} scores edges, and circuits are compared by parts; choose another method")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +11,9 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, set_threads
+from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
 from vesalius.errors import VesaliusError
-from vesalius.runs import DEFAULT_ROOT, Run
+from vesalius.runs import Run
 
 TRAIN_PANEL = "Training"
 Corpus = Annotated[
@@ -46,7 +44,10 @@ def train(
         "topk"
     ),
     width: Annotated[
-        int | None, typer.Option(min=2, help="Features; four times the width there.", rich_help_panel=TRAIN_PANEL)
+        int | None,
+        typer.Option(
+            min=2, help="Features; by default four times the width of the activation.", rich_help_panel=TRAIN_PANEL
+        ),
     ] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="Features on at once (topk).", rich_help_panel=TRAIN_PANEL)] = 32,
     l1: Annotated[
@@ -84,7 +85,6 @@ def train(
     """
     from vesalius.features.dictionaries import SAERecipe, parse_place, train_sae
     from vesalius.features.dictionaries.places import width_of
-    from vesalius.report import sae_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -111,13 +111,13 @@ def train(
     names = o.listed(corpus) if corpus or texts else ["foldoc"]
     opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
     width_of(opened, site)
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with screen.step("training an SAE") as tell:
         folder = train_sae(
             opened, site, names, recipe, prompts=texts, out=out, fresh=fresh, command_line=command, tell=tell
         )
     run = Run.open(folder)
-    sae_report(run)
+    drawn(screen, run)
     conclude(screen, run, quality_table(run.json("quality")))
 
 
@@ -147,14 +147,13 @@ def show(
     By default 12 features are shown, drawn from those that fire on 0.1 % to 5 % of the tokens.
     """
     from vesalius.features.dictionaries import SAE, corpus_rows, gather, meanings, prompt_rows, quality
-    from vesalius.report import sae_report
 
     screen = Screen(as_json)
     set_threads(threads)
     if text and corpus:
         raise VesaliusError("--text and --corpus both say what is read; give one of them")
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
     folder = folder_of(sae)
+    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
     found = SAE.load(folder, opened, force=force)
     unsure = found.check(opened, force)
     numbers = [found.feature(n) for n in feature or []]
@@ -176,13 +175,13 @@ def show(
         "shown": shown,
         "seed": seed,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             with screen.step("judging") as tell:
                 judged = quality(opened, found, rows, force=force, tell=tell)
                 read = gather(opened, found.site, rows, tell=tell)
-            numbers = numbers or drawn(judged.density, seed)
+            numbers = numbers or some_features(judged.density, seed)
             made = meanings(opened, found, numbers, rows, read, shown=shown)
             run.save_json("quality", judged.numbers)
             table = pd.DataFrame({"feature": range(found.d_sae), "density": judged.density, "largest": judged.largest})
@@ -203,7 +202,7 @@ def show(
                 "command": command,
             }
             run.save_json("summary", summary)
-    sae_report(run)
+    drawn(screen, run)
     lines: list[Any] = [quality_table(run.json("quality"))]
     for one in run.json("features"):
         lines.append(
@@ -245,7 +244,6 @@ def use(
     """
     from vesalius.features.dictionaries import SAE
     from vesalius.features.dictionaries.using import outcome
-    from vesalius.report import sae_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -259,10 +257,10 @@ def use(
         raise VesaliusError("a change needs both: --feature NUMBER, and one of --set, --add or --scale")
     if not given and not no_error:
         raise VesaliusError("nothing is changed: name a --feature and a --set, --add or --scale, or give --no-error")
+    folder = folder_of(sae)
     opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
     if opened.kind != "causal":
         raise VesaliusError(f"{opened.name} is {opened.kind} and writes no text; use a language model's SAE here")
-    folder = folder_of(sae)
     found = SAE.load(folder, opened, force=force)
     op, value = next(iter(given.items()), ("", 0.0))
     values = {found.feature(n): value for n in feature or []}
@@ -279,7 +277,7 @@ def use(
         "tokens": tokens,
         "seed": seed,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             with screen.step("writing"):
@@ -297,7 +295,7 @@ def use(
                 "command": command,
             }
             run.save_json("summary", summary)
-    sae_report(run)
+    drawn(screen, run)
     s = run.json("summary")
     lines: list[Any] = [run.table("next").head(8), "", run.table("active").head(8)]
     lines += [f"\nas it is  {' '.join(s['texts'][0].split())}", f"changed   {' '.join(s['texts'][1].split())}"]
@@ -310,12 +308,9 @@ def use(
 def folder_of(name: str) -> Path:
     """The folder of an SAE, by its path or the name of its run."""
     from vesalius.features.dictionaries.sae import CONFIG
-    from vesalius.run_index import find_run
+    from vesalius.run_index import find_folder
 
-    folder = Path(name)
-    if (folder / CONFIG).exists() or folder.is_dir() or "/" in name:
-        return folder
-    return Path(find_run(name, [DEFAULT_ROOT]).folder)
+    return find_folder(name, CONFIG)
 
 
 def identity(folder: Path) -> str:
@@ -328,7 +323,7 @@ def identity(folder: Path) -> str:
     return hashlib.sha256((sha256(folder / WEIGHTS) + sha256(folder / CONFIG)).encode()).hexdigest()[:16]
 
 
-def drawn(density: Any, seed: int, n: int = 12) -> list[int]:
+def some_features(density: Any, seed: int, n: int = 12) -> list[int]:
     """Features that are neither everywhere nor nearly nowhere, drawn by the seed."""
     middling = np.flatnonzero((density >= 0.001) & (density <= 0.05))
     among = middling if len(middling) >= n else np.flatnonzero(density > 0)
@@ -342,8 +337,8 @@ def quality_table(q: dict[str, Any]) -> pd.DataFrame:
     """The numbers in a row."""
     row: dict[str, Any] = {k: q[k] for k in ("tokens", "explained", "l0", "dead")}
     if "ce_clean" in q:
-        row |= {"loss": q["ce_clean"], "loss spliced": q["ce_spliced"], "loss mean": q["ce_mean"]}
-        row |= {"recovered": q["recovered_mean"]["mean"], "of zero": q["recovered_zero"]["mean"]}
+        row |= {"loss": q["ce_clean"], "loss with it": q["ce_spliced"], "loss mean-ablated": q["ce_mean"]}
+        row |= {"loss recovered": q["recovered_mean"]["mean"], "recovered zero-ablated": q["recovered_zero"]["mean"]}
     return pd.DataFrame([row])
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +11,7 @@ import typer
 
 from vesalius.cli import options as o
 from vesalius.cli import writing as w
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, set_threads, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -143,7 +141,7 @@ def steer(
         loaded = _axis(screen, opened, str(direction), layer, seed)
         axis = hashlib.sha256(b"".join(loaded.files().values())).hexdigest()[:16]
         request |= {"axis": axis, "strength": strength, "layer": layer}
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             _work(screen, run, opened, loaded, request, command)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated
 
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, records_of, set_threads
+from vesalius.cli.console import Screen, conclude, drawn, records_of, set_threads, typed
 from vesalius.runs import Run
 
 MASK_PANEL = "Masks"
@@ -46,7 +44,7 @@ def subnetwork(
     lr: Annotated[float, typer.Option(help="Peak learning rate of the scores.", rich_help_panel=MASK_PANEL)] = 0.01,
     last_beta: Annotated[
         float, typer.Option("--last-beta", help="Sharpness at the last step.", rich_help_panel=MASK_PANEL)
-    ] = 500.0,
+    ] = 50_000.0,
     stop: Annotated[
         float,
         typer.Option(help="End when fewer masks than this share are undecided; 0: never.", rich_help_panel=MASK_PANEL),
@@ -54,7 +52,9 @@ def subnetwork(
     top: Annotated[
         int, typer.Option(min=1, help="Successors kept for each token of the table.", rich_help_panel=MASK_PANEL)
     ] = 64,
-    controls: Annotated[int, typer.Option(min=1, help="Random masks to compare with.", rich_help_panel=MASK_PANEL)] = 3,
+    controls: Annotated[
+        int, typer.Option(min=1, max=100, help="Random masks to compare with.", rich_help_panel=MASK_PANEL)
+    ] = 3,
     check: Annotated[int, typer.Option(min=1, help="Held-out batches to judge by.", rich_help_panel=MASK_PANEL)] = 8,
     held_out: Annotated[
         float, typer.Option(help="Share of the documents held out.", rich_help_panel=MASK_PANEL)
@@ -78,7 +78,6 @@ def subnetwork(
     weight), the masked model as an ordinary checkpoint, and a report; a run that was stopped goes on.
     """
     from vesalius.features.subnetwork import MaskRecipe, learn_masks
-    from vesalius.report import subnetwork_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -99,13 +98,13 @@ def subnetwork(
     )
     opened = o.opened(screen, model, dtype, device, None, trust_remote_code)
     names = o.listed(corpus)
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with screen.step("learning masks") as tell:
         folder = learn_masks(
             opened, names, recipe, out=out, fresh=fresh, keep_model=keep_model, command_line=command, tell=tell
         )
     run = Run.open(folder)
-    subnetwork_report(run)
+    drawn(screen, run)
     _show(screen, run)
 
 

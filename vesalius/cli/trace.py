@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +9,7 @@ import pandas as pd
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import RunStore, Screen, set_threads, staged
+from vesalius.cli.console import RunStore, Screen, drawn, set_threads, staged, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 from vesalius.scores import Scores
@@ -66,7 +64,6 @@ def trace(
     """
     from vesalius.find.recall import facts_file, take_apart
     from vesalius.find.recall import trace as traced
-    from vesalius.report import trace_report
 
     screen = Screen(as_json)
     set_threads(threads)
@@ -92,7 +89,7 @@ def trace(
         "all_facts": all_facts,
         "seed": seed,
     }
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             with staged(run, screen) as step:
@@ -102,7 +99,7 @@ def trace(
                     store=RunStore(run.checkpoint("patching")),
                 )  # fmt: skip
             _store(run, opened, found, command)
-    report = trace_report(run)
+    report = drawn(screen, run)
     _show(screen, run, str(report))
 
 
@@ -142,14 +139,15 @@ def _show(screen: Screen, run: Run, report: str) -> None:
         ("topic_rank", "topic rank"),
         ("other_rank", "other topics"),
     ):
-        table[column] = heads.columns[name][rows]
+        values = heads.columns[name][rows]
+        table[column] = pd.Series(values).round().astype("Int64") if name.endswith("rank") else values
     last = summary["last"]
     lines: list[Any] = ["", run.table("steps"), "\ntask heads", table.head(SHOWN)]
     vectors = run.table("vectors")
     best = vectors.sort_values("moved", ascending=False, kind="stable").head(3)
     lines += ["\nintercepts that move the answer most, added where nothing is asked"]
     lines += [best[["part", "scale", "moved", "low", "high", "random", "first_before", "first"]]]
-    told = f"\nThe last block's parts add {_estimate(last['total'])} to the answer's lead; "
+    told = f"\nOver {summary['prompts']} prompts the last block's parts add {_estimate(last['total'])} to the lead; "
     told += f"p(right) {last['before']['mean']:.3f} before it, {last['after']['mean']:.3f} after it. "
     lines += [told + mitigation(last), f"\n{summary['lead']}", *[f"note: {n}" for n in summary["notes"]]]
     lines += [f"\nrun     {run.folder}", f"report  {report}"]

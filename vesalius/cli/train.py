@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from vesalius import checkpoints
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, drawn, set_threads, typed
 from vesalius.errors import VesaliusError
 from vesalius.records import clock
 from vesalius.run_index import find_run
@@ -110,7 +108,7 @@ def train(
                 plan,
                 out,
                 fresh=fresh,
-                command_line="vesalius " + shlex.join(sys.argv[1:]),
+                command_line=typed(),
                 watcher=watcher,
                 world=world,
                 strategy="fsdp" if fsdp else "ddp",
@@ -230,9 +228,7 @@ class Watching:
 
 
 def _show(screen: Screen, run: Run) -> None:
-    from vesalius.report import train_report
-
-    train_report(run)
+    drawn(screen, run)
     summary = run.json("summary")
     ledger = summary["ledger"]
     size = f"{summary['parameters'] / 1e6:.2f} M parameters"
@@ -253,6 +249,12 @@ def _show(screen: Screen, run: Run) -> None:
     if summary["cost_of_determinism"]:
         spent += f"; deterministic mode costs {summary['cost_of_determinism']:.2f} x"
     lines.append(spent)
+    norms = summary.get("norms")
+    if norms:
+        told = "the last checkpoint keeps the constants of the norms beside its weights, where Vesalius reads them"
+        if norms["ordinary_checkpoint"]:
+            told = f"opened anew, the last checkpoint's logits differ by at most {norms['largest_difference']:.1e}"
+        lines.append(f"{norms['removed']} norms are constants; {told}")
     lines += [f"note: {n}" for n in summary["notes"]]
     kept = summary["checkpoints"]
     place = {"run": str(run.folder), "report": str(run.folder / "report.html")}

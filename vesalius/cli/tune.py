@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from vesalius import checkpoints
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, records_of, set_threads, stored_tables
+from vesalius.cli.console import Screen, conclude, drawn, records_of, set_threads, stored_tables, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -40,13 +39,14 @@ def tune(
     ] = 0.05,
     mlps: Annotated[int, typer.Option("--mlps", min=0, help="MLPs to take.", rich_help_panel=FIND_PANEL)] = 3,
     draws: Annotated[
-        int, typer.Option("--draws", min=1, help="Draws of other heads to knock out.", rich_help_panel=FIND_PANEL)
+        int,
+        typer.Option("--draws", min=1, max=1000, help="Draws of other heads to knock out.", rich_help_panel=FIND_PANEL),
     ] = 5,
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="Train, or find and knock out only.", rich_help_panel=TRAIN_PANEL)
     ] = True,
     steps: Annotated[int, typer.Option(min=1, help="Updates.", rich_help_panel=TRAIN_PANEL)] = 200,
-    rows: Annotated[int, typer.Option(min=1, help="Prompts of an update.", rich_help_panel=TRAIN_PANEL)] = 16,
+    rows: Annotated[int, typer.Option(min=1, max=1024, help="Prompts of an update.", rich_help_panel=TRAIN_PANEL)] = 16,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TRAIN_PANEL)] = 1e-4,
     corpus: Annotated[
         str, typer.Option("--corpus", help="Plain text to see what is lost (see `vesalius corpora`), a file, or none.")
@@ -72,7 +72,6 @@ def tune(
     import vesalius
     from vesalius.corpus import plain_text
     from vesalius.features.tuning import Plan, split
-    from vesalius.report import tuning_report
     from vesalius.tasks import TASKS
 
     screen = Screen(as_json)
@@ -88,21 +87,21 @@ def tune(
     opened: Any = o.opened(screen, model, dtype, device, None, trust_remote_code)
     if opened.kind != "causal":
         raise VesaliusError(f"{opened.name} is {opened.kind}; parts are tuned in causal language models")
-    longest = int(getattr(opened.hf.config, "max_position_embeddings", 0) or TOKENS)
+    longest = opened.n_positions or TOKENS
     text = None if corpus == "none" else plain_text(opened, corpus, TEXTS, min(TOKENS, longest))
     request = {
-        "command": "tune", "model": opened.name, "fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
+        "command": "tune", "model": opened.name, "model_fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
         "task": task, "task_fingerprint": made.fingerprint, "share": share, "mlps": mlps, "draws": draws,
         "train": train, "steps": steps, "rows": rows, "lr": lr, "corpus": corpus,
         "text": None if text is None else text.tolist(), "also": names, "seed": seed,
     }  # fmt: skip
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
-        if not run.done:
+        if not run.done or (train and checkpoints.troubles(run.folder / "model")):
             prompts = split(made.pairs(opened), seed)
             controls = {x: vesalius.task(x, n=32, seed=seed).pairs(opened, require_single=True) for x in names}
             _work(screen, run, opened, prompts, text, controls, plan, request | {"memory": memory}, command)
-    tuning_report(run)
+    drawn(screen, run)
     _show(screen, run)
 
 
@@ -112,17 +111,19 @@ def _work(
 ) -> None:  # fmt: skip
     from vesalius.features.tuning import compare, key_parts, knock_out
 
-    with run.stage("find", 1), screen.step("path patching"):
-        found = key_parts(model, prompts.train, request["share"], request["mlps"], memory_gb=request["memory"])
+    with run.stage("find", 1), screen.step("path patching") as tell:
+        found = key_parts(
+            model, prompts.train, request["share"], request["mlps"], memory_gb=request["memory"], tell=tell
+        )
     for name, scores in (("heads", found.head_scores), ("mlps", found.mlp_scores)):
         run.save_table(name, scores.to_frame().sort_values("score", ascending=False, ignore_index=True))
-    with run.stage("knock out", 1), screen.step("knocking heads out"):
-        out = knock_out(model, found.heads, prompts.test, text, controls, request["draws"], request["seed"])
+    with run.stage("knock out", 1), screen.step("knocking heads out") as tell:
+        out = knock_out(model, found.heads, prompts.test, text, controls, request["draws"], request["seed"], tell)
     run.save_table("knocked_out", out)
     told: dict[str, Any] = {
         "model": model.name, "task": request["task"], "heads": [str(p) for p in found.heads],
         "mlps": [str(p) for p in found.mlps], "n_find": found.n, "asked": prompts.asked, "of_heads":
-        len(model.parts(("head",))), "test": prompts.test.n_examples, "controls": list(controls), "checkpoint": "",
+        len(model.parts(("head",))), "test": prompts.test.n_examples, "controls": list(controls), "checkpoint": None,
     }  # fmt: skip
     if request["train"]:
         part = run.folder / "model.part"

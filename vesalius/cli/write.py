@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +10,7 @@ import typer
 
 from vesalius.cli import options as o
 from vesalius.cli import writing as w
-from vesalius.cli.console import Screen, set_threads
+from vesalius.cli.console import Screen, set_threads, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -144,7 +142,7 @@ def write(
         "transforms": names, "accents": accents, "tries": tries, "tokens": tokens, "n": n, "temperature": temperature,
         "top_k": top_k, "top_p": top_p, "seed": seed, "dtype": dtype,
     }  # fmt: skip
-    command = "vesalius " + shlex.join(sys.argv[1:])
+    command = typed()
     with Run.start(request, out, fresh, command) as run:
         if not run.done:
             _work(screen, run, made, request, command)

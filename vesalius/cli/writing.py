@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-import torch
 import typer
 
-from vesalius.cli.console import Screen, conclude
+from vesalius.cli.console import Screen, conclude, drawn
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -52,7 +51,7 @@ class Recorder:
         if any(r["step"] == at and r["row"] == len(first.prompt) for r in self.barred):
             return
         share = step.logits[0].softmax(-1)
-        lost = torch.isfinite(step.logits[0]) & ~torch.isfinite(step.scores[0])
+        lost = step.logits[0].isfinite() & ~step.scores[0].isfinite()
         for token in share.topk(min(LIKELY, len(share))).indices.tolist():
             if not bool(lost[token]):
                 continue
@@ -90,9 +89,7 @@ def middle(values: Sequence[float]) -> float:
 
 def finish(screen: Screen, run: Run) -> None:
     """Draws the report, prints the texts."""
-    from vesalius.report.writing import writing_report
-
-    writing_report(run)
+    drawn(screen, run)
     texts = run.table("texts")
     lines = []
     for row in texts.to_dict("records"):

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vesalius.errors import VesaliusError
 from vesalius.model import Model
-from vesalius.model.decode import decode, positions, takes
+from vesalius.model.decode import decode, takes
 
 PROMPT = CONTINUATION = 32  # Pythia's
 MEMORY_GB = 0.5  # for the cache and logits of the rows that are decoded together
@@ -143,7 +143,7 @@ def _checked(model: Model, rows: ArrayLike | Tensor, prompt: int, continuation: 
         raise VesaliusError(
             f"rows have {ids.shape[1]} tokens, too few for {prompt} + {continuation}; lower the prompt or continuation"
         )
-    room = positions(model)
+    room = model.n_positions
     if room and need - 1 > room:
         raise VesaliusError(
             f"{model.name} has {room} positions, too few for {prompt} + {continuation} tokens; lower one of the two"

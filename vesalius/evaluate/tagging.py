@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from vesalius.errors import VesaliusError
+from vesalius.model.global_attention import global_attention
 from vesalius.train.objectives.base import IGNORED
 from vesalius.train.schedules import make_schedule
 
@@ -149,6 +150,13 @@ def encode(tokenizer: Any, sentences: Sequence[Sentence], labels: Sequence[str],
     return {"input_ids": ids, "attention_mask": mask, "targets": targets, "words": words}
 
 
+def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """(row, pos, label)."""
+    ids = batch["input_ids"]
+    out: Tensor = model(input_ids=ids, attention_mask=batch["attention_mask"], **global_attention(model, ids)).logits
+    return out
+
+
 def finetune(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -187,7 +195,7 @@ def finetune(
         batch = encode(tokenizer, [sentences[i] for i in chosen], labels, length)
         for group in optimizer.param_groups:
             group["lr"] = lr * factor(step)
-        logits = made(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = _logits(made, batch)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
@@ -211,7 +219,7 @@ def tag(
     for at in range(0, len(by_size), rows):
         part = by_size[at : at + rows]
         batch = encode(tokenizer, [sentences[i] for i in part], labels, length)
-        answers = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
+        answers = _logits(model, batch).argmax(-1)
         for row, place in (batch["words"] >= 0).nonzero().tolist():
             found[part[row]][int(batch["words"][row, place])] = labels[int(answers[row, place])]
     return found

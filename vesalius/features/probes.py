@@ -32,6 +32,7 @@ from vesalius.scores import Scores
 
 LEAST = 10  # examples of each label: fewer leave folds in which a label is missing
 IMBALANCE = 4  # the commonest label may be this many times as frequent as the rarest
+NAMED = 8  # labels that a refusal counts
 DRAWS = 500  # of the bootstrap over groups of examples, for numbers
 STEPS = (0.1, 0.2, 0.4, 0.8, 1.0)  # portions of the online code
 _PART_OF_SITE = {"attn_out": "attn", "mlp_out": "mlp"}
@@ -95,7 +96,8 @@ def probe(
         model: from `vesalius.open`.
         texts: one an example. labels: a label each; numbers (not whole ones) make it a regression.
         words: the word of each text that is read; the last token (or mean, for encoders) if None.
-        groups: examples that must not be divided between training and testing (a template, a document).
+        groups: examples that must not be divided between training and testing (a template, a document); by default
+            those that are the same.
         types: what the control's labels are drawn for; the word (without case), or else the text.
         site: one of `SITES`, or `head` for each head's output apart.
         layers: `all`, or numbers of blocks. pool: how tokens become one vector: mean, last, word.
@@ -175,9 +177,11 @@ def _enough(labels: list[str], balance: bool, folds: int, rng: np.random.Generat
     least = max(LEAST, folds)
     rare = int(counts.argmin())
     if counts[rare] < least:
+        listed = [f"{c} of {str(n)!r}" for n, c in zip(names[:NAMED], counts, strict=False)]
+        listed += [f"{len(names) - NAMED} labels more"] * (len(names) > NAMED)
         raise VesaliusError(
             f"{counts[rare]} examples of '{names[rare]}'; a probe needs {least} or more of each label (there are "
-            f"{', '.join(f'{c} of {str(n)!r}' for n, c in zip(names, counts, strict=True))})"
+            f"{', '.join(listed)})"
         )
     if balance:
         drawn = [rng.permutation(np.flatnonzero(np.asarray(labels) == n))[: counts.min()] for n in names]
@@ -225,11 +229,16 @@ class _Examples:
         )
         control = np.array([drawn[t] for t in types])
         state = int(rng.integers(2**31))
+        seen: dict[tuple[str, str], int] = {}
+        same = [seen.setdefault(example, len(seen)) for example in zip(texts, words or texts, strict=True)]
+        if groups is None and len(seen) < len(same):  # what was trained on is not left out
+            groups = same
         if groups is None:
             maker = StratifiedKFold(folds, shuffle=True, random_state=state)
         else:
             if len(set(groups)) < folds:
-                raise VesaliusError(f"{len(set(groups))} groups for {folds} folds; {folds} groups or more are needed")
+                what = "different examples" if groups is same else "groups"
+                raise VesaliusError(f"{len(set(groups))} {what} for {folds} folds; {folds} or more are needed")
             maker = StratifiedGroupKFold(folds, shuffle=True, random_state=state)
         strata = np.digitize(target, np.quantile(target, [0.25, 0.5, 0.75])) if numeric else target.astype(int)
         fold = np.zeros(len(texts), dtype=int)

@@ -70,7 +70,7 @@ class _Masked(nn.Module):
         self._masks, self._name = (masks,), name
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * self._masks[0].gate(self._name)
+        return weight * self._masks[0].gate(self._name).to(weight.dtype)
 
 
 class Masks(nn.Module):

@@ -43,7 +43,7 @@ from vesalius.train.objectives.causal import CausalLM
 from vesalius.train.objectives.special import needs_for
 from vesalius.train.optimizers import OPTIMIZERS, make_optimizer
 from vesalius.train.parallel import World
-from vesalius.train.running import recipe_of
+from vesalius.train.running import Stop, recipe_of
 from vesalius.train.schedules import make_schedule
 from vesalius.train.trainer import Trainer, deterministic, is_exact
 
@@ -82,7 +82,7 @@ class MaskRecipe:
     length: int = 64
     strength: float = 10.0
     lr: float = 0.01
-    last_beta: float = 500.0
+    last_beta: float = 50_000.0
     stop: float = 0.01
     top: int = 64
     held_out: float = 0.05
@@ -141,8 +141,13 @@ def mask_data(model: Model, corpora: Sequence[str], recipe: MaskRecipe, tell: Te
         if model.tokenizer is None:
             raise VesaliusError(f"{model.name} has no tokenizer, so no text can be read with it")
         store, name = store_of(corpora, model.tokenizer, lambda text: tell(text, None)), ", ".join(corpora)
-    longest = getattr(model.hf.config, "max_position_embeddings", None)
-    if longest and recipe.length > int(longest):
+    longest = model.n_positions
+    if recipe.rows * recipe.length > store.n_tokens:
+        raise CorpusError(
+            f"{name} has {store.n_tokens:,} tokens, and one step of {recipe.rows:,} rows of {recipe.length:,} reads "
+            f"{recipe.rows * recipe.length:,}; add text, or lower --rows or --length"
+        )
+    if longest and recipe.length > longest:
         raise VesaliusError(f"rows of {recipe.length} tokens are longer than {model.name} reads ({longest})")
     try:
         train, kept = store.split(recipe.held_out)
@@ -202,7 +207,7 @@ def learn_masks(
     """
     recipe = recipe or MaskRecipe()
     if model.kind != "causal":
-        raise VesaliusError(f"{model.name} is a {model.kind} model; bigrams are what a causal one predicts")
+        raise VesaliusError(f"{model.name} is {model.kind}; bigrams are what a causal model predicts")
     data = mask_data(model, [corpus] if isinstance(corpus, str) else list(corpus), recipe, tell)
     tokens = None if model.tokenizer is None else len(model.tokenizer)
     tell("counting bigrams", None)
@@ -219,8 +224,9 @@ def learn_masks(
     }
     with Run.start(request, out, fresh, command_line) as run:
         if fresh:
-            shutil.rmtree(run.folder / checkpoints.FOLDER, ignore_errors=True)
-        if not run.done:
+            for name in (checkpoints.FOLDER, "model"):
+                shutil.rmtree(run.folder / name, ignore_errors=True)
+        if not run.done or (keep_model and checkpoints.troubles(run.folder / "model")):
             with memory_errors(MEMORY):
                 _Sitting(run, model, recipe, data, table, tell).go(keep_model, command_line)
     return run.folder
@@ -246,11 +252,10 @@ class _Sitting:
                 run.save_file(NOTE, dump({**mask.describe(), "sha256": sha256(run.folder / MASK)}))
             shutil.rmtree(place, ignore_errors=True)
             mask = WeightMask.load(run.folder, model)
-            if keep_model and not (run.folder / "model" / "config.json").exists():
+            if keep_model and checkpoints.troubles(run.folder / "model"):
                 self.tell("writing the masked model", None)
-                part = run.folder / "model.part"
-                shutil.rmtree(part, ignore_errors=True)
-                save_masked(model, mask, part).rename(run.folder / "model")
+                shutil.rmtree(run.folder / "model", ignore_errors=True)
+                save_masked(model, mask, run.folder / "model")
             density = pd.DataFrame(by_matrix(model, mask))
             run.save_table("density", density)
             if not run.has("variants"):
@@ -297,29 +302,27 @@ class _Sitting:
             self.tell(f"going on from step {step}", None)
         saved, told = time.monotonic(), 0.0
         first, began = trainer.done, time.monotonic()
-        with masks.applied(), self.run.stage("masks", recipe.steps) as stage:
-            try:
-                for log in trainer.steps(recipe.steps):
-                    row = {"step": log.step, "loss": log.loss, "lr": log.lr, "seconds": log.seconds, **log.logs}
-                    row["size"] = row["size"] / recipe.strength if recipe.strength else float("nan")
-                    row["beta"], row["undecided"] = masks.beta, float("nan")
-                    stage.update(trainer.done)
-                    if trainer.done % CHECK_EVERY == 0 or trainer.done == recipe.steps:
-                        row["undecided"] = masks.undecided()
-                    self.log.append(row)
-                    if row["undecided"] < recipe.stop:
-                        break
-                    now = time.monotonic()
-                    if now - told > TELL_SECONDS:
-                        told = now
-                        self._told(log, row, trainer.done - first, now - began)
-                    if now - saved > SAVE_SECONDS:
-                        saved = now
-                        self._save(trainer, place)
-            except KeyboardInterrupt:
-                if trainer.done > first:
+        stopping = Stop(lambda text: self.tell(text, None))
+        with masks.applied(), self.run.stage("masks", recipe.steps) as stage, stopping:
+            for log in trainer.steps(recipe.steps):
+                row = {"step": log.step, "loss": log.loss, "lr": log.lr, "seconds": log.seconds, **log.logs}
+                row["size"] = row["size"] / recipe.strength if recipe.strength else float("nan")
+                row["beta"], row["undecided"] = masks.beta, float("nan")
+                stage.update(trainer.done)
+                if trainer.done % CHECK_EVERY == 0 or trainer.done == recipe.steps:
+                    row["undecided"] = masks.undecided()
+                self.log.append(row)
+                if row["undecided"] < recipe.stop:
+                    break
+                now = time.monotonic()
+                if now - told > TELL_SECONDS:
+                    told = now
+                    self._told(log, row, trainer.done - first, now - began)
+                if now - saved > SAVE_SECONDS or stopping.asked:
+                    saved = now
                     self._save(trainer, place)
-                raise
+                if stopping.asked and trainer.done < recipe.steps:
+                    raise KeyboardInterrupt
         self.run.save_table("log", pd.DataFrame(self.log))
         return masks.mask()
 
@@ -347,12 +350,18 @@ class _Sitting:
         dense = float(first["kept"].sum() / first["weights"].sum())
         cost = {k: told[k]["nll"] - told["model"]["nll"] for k in ("without it", "without random")}
         aim = "bigrams" if self.recipe.target == "bigram" else "the text"
+        whole = told["model"]
+        alike = (
+            f"their surprisal correlates with the bigram table's by {sub['r']:.2f} (random weights in these numbers "
+            f"{drawn['r']:.2f}, no matrices at all {none['r']:.2f}, the whole model {whole['r']:.2f})"
+        )
+        if math.isnan(sub["r"]):
+            alike = "their surprisal, or the bigram table's, is the same for all tokens: nothing to correlate"
         lead = (
-            f"{mask.size:,} of {mask.total:,} weights ({mask.share:.1%}), chosen for {aim}: their surprisal correlates "
-            f"with the bigram table's by {sub['r']:.2f} (random weights in these numbers {drawn['r']:.2f}, no matrices "
-            f"at all {none['r']:.2f}, the whole model {told['model']['r']:.2f}). The model without them loses "
-            f"{cost['without it']:.2f} nats a token, without as many random ones {cost['without random']:.2f}. The "
-            f"first MLP keeps {dense:.1%}, {dense / max(mask.share, 1e-9):.1f} times the mean."
+            f"{mask.size:,} of {mask.total:,} weights ({mask.share:.1%}), chosen for {aim}: {alike}. The model without "
+            f"them loses {cost['without it']:.2f} nats a token, without as many random ones "
+            f"{cost['without random']:.2f}. The first MLP keeps {dense:.1%}, "
+            f"{dense / max(mask.share, 1e-9):.1f} times the mean."
         )
         last = log["undecided"].dropna()
         notes = []

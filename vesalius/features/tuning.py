@@ -14,7 +14,7 @@ Paper: "Interpreting and Improving Large Language Models in Arithmetic Calculati
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,18 +36,14 @@ from vesalius.parts import Part
 from vesalius.records import request_hash
 from vesalius.scores import Scores
 from vesalius.tasks.metrics import accuracy
+from vesalius.train.learning import Tell, check_steps, learn
 from vesalius.train.objectives import make_objective
 from vesalius.train.objectives.special import needs_for
-from vesalius.train.optimizers import make_optimizer
-from vesalius.train.parallel import World
-from vesalius.train.schedules import make_schedule
 from vesalius.train.select import Slices, choose, slices
-from vesalius.train.trainer import Trainer, deterministic, is_exact
 
 BATCH = 16
 TEXT_BATCH = 4
 LEAST = 8  # prompts answered rightly, to find with
-Tell = Callable[[str, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,13 @@ class KeyParts:
 
 
 def key_parts(
-    model: Model, pairs: Pairs, share: float = 0.05, mlps: int = 3, n: int = 32, memory_gb: float = 1.0
+    model: Model,
+    pairs: Pairs,
+    share: float = 0.05,
+    mlps: int = 3,
+    n: int = 32,
+    memory_gb: float = 1.0,
+    tell: Tell = lambda text, share: None,
 ) -> KeyParts:
     """The heads and MLPs whose direct effect on the answer's logit is largest.
 
@@ -154,7 +156,8 @@ def key_parts(
     mine = pairs.take(right.tolist())
 
     def ranked(kind: str, wanted: int) -> tuple[list[Part], Scores]:
-        scores = find("path-patching", model, mine, senders=kind, memory_gb=memory_gb)
+        say = lambda done, of: tell(f"{kind}s", done / of)  # noqa: E731
+        scores = find("path-patching", model, mine, senders=kind, memory_gb=memory_gb, progress=say)
         order = np.argsort(-scores.values, kind="stable")[:wanted]
         parts: list[Any] = [scores.parts[i] for i in order if scores.values[i] > 0]
         return parts, scores
@@ -197,6 +200,7 @@ def knock_out(
     controls: Mapping[str, Pairs] | None = None,
     draws: int = 5,
     seed: int = 0,
+    tell: Tell = lambda text, share: None,
 ) -> pd.DataFrame:
     """What goes without the found heads, and without as many others.
 
@@ -213,7 +217,8 @@ def knock_out(
     variants += [("random", i, others(model, heads, rng)) for i in range(draws)]
     found = []
     with model.alone():
-        for name, draw, mine in variants:
+        for number, (name, draw, mine) in enumerate(variants):
+            tell(f"without {name}", number / len(variants))
             changes = means(model, mine, reference) if mine else []
             row: dict[str, Any] = {"without": name, "draw": draw, "heads": " ".join(map(str, mine))}
             row["accuracy"] = float(answered(model, pairs, changes).mean())
@@ -268,8 +273,7 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.rows < 1 or not 0 < self.lr < math.inf:
-            raise VesaliusError(f"steps={self.steps}, rows={self.rows}, lr={self.lr}; give numbers above 0")
+        check_steps(self.steps, self.rows, self.lr)
 
 
 @contextmanager
@@ -287,7 +291,7 @@ def restored(model: Model) -> Iterator[None]:
 
 def tune(
     model: Model, pairs: Pairs, parts: Sequence[Part] | None, plan: Plan, tell: Tell = lambda text, share: None
-) -> tuple[int, list[dict[str, float]]]:
+) -> tuple[int, pd.DataFrame]:
     """Trains these parts of a model in place (all of it if None) to answer; returns how many numbers changed hands.
 
     Returns:
@@ -298,24 +302,9 @@ def tune(
     held = [] if only is None else slices(model.hf, only)
     padding = getattr(model.tokenizer, "pad_token_id", None) or 0
     source = Answers(pairs, plan.rows, plan.seed, int(model.hf.config.vocab_size), padding)
-    trainer = Trainer(
-        model.hf,
-        source,
-        make_objective("prompted", needs_for(model.hf, model.tokenizer), tokenizer=model.tokenizer),
-        make_optimizer("adamw", model.hf, lr=plan.lr, weight_decay=plan.weight_decay),
-        make_schedule("linear", plan.steps, warmup=0.1, final=0.0),
-        seed=plan.seed,
-        world=World.single(model.device),
-        plugs=[Slices(held)] if held else [],
-    )
-    log = []
-    try:
-        with deterministic(is_exact(None, model.device)):
-            for one in trainer.steps(plan.steps):
-                log.append({"step": one.step, "loss": one.loss, "lr": one.lr})
-                tell(f"step {one.step + 1} of {plan.steps}: loss {one.loss:.3f}", (one.step + 1) / plan.steps)
-    finally:
-        model.hf.eval().requires_grad_(False)
+    objective = make_objective("prompted", needs_for(model.hf, model.tokenizer), tokenizer=model.tokenizer)
+    plugs = [Slices(held)] if held else []
+    log = learn(model, source, objective, plan.steps, plan.lr, plan.seed, plugs, tell, weight_decay=plan.weight_decay)
     return trained, log
 
 
@@ -359,9 +348,9 @@ def compare(
             with restored(model):
                 say = lambda text, share, name=name: tell(f"{name}: {text}", share)  # noqa: E731
                 trained, log = tune(model, prompts.train, chosen[name], plan, say)
-                logs += [{"tuned": name, **row} for row in log]
+                logs.append(log[["step", "loss", "lr"]].assign(tuned=name))
                 measured(name, trained)
                 if name == "found" and save is not None:
                     story = {"edit": "parts trained", "of": origin_of(model), "parts": [str(p) for p in parts]}
                     save_model(model, save, story | {"plan": asdict(plan), "task": prompts.train.fingerprint})
-    return pd.DataFrame(table), pd.DataFrame(logs)
+    return pd.DataFrame(table), pd.concat(logs, ignore_index=True)[["tuned", "step", "loss", "lr"]]

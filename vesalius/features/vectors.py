@@ -135,7 +135,8 @@ def vectors(
         (text, d).
 
     Raises:
-        VesaliusError: for an empty text, one that is longer than the model takes, or a word that is not in its text.
+        VesaliusError: for an empty text, one that is longer than the model takes or all unknown to its tokenizer, or a
+            word that is not in its text.
 
     Example:
         >>> vectors(model, ["kill time", "kill people"], "mean@12").shape    # doctest: +SKIP
@@ -221,8 +222,17 @@ def _table(model: Model, words: Sequence[str]) -> Array:
         ids = (encoder.beyond("the", f" {word.strip()}") or encoder.ids(word.strip())) if word.strip() else ()
         if not ids:
             raise VesaliusError(f"the word {word!r} has no tokens; leave it out")
+        _known(model, word, ids)
         found.append(weight[torch.tensor(ids, device=weight.device)].float().mean(0).cpu())
     return torch.stack(found).numpy() if found else np.zeros((0, model.d_model), dtype=np.float32)
+
+
+def _known(model: Model, text: str, ids: Any) -> None:
+    """Refuses a text of which the tokenizer knows nothing: its vector would be that of any other unknown word."""
+    tokenizer = _tokenizer(model)
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and text.strip() != tokenizer.unk_token and all(i == unknown for i in ids):
+        raise VesaliusError(f"{text!r} is unknown to the tokenizer of {model.name}; leave it out")
 
 
 def _encode(model: Model, text: str, word: str, pool: Pool) -> tuple[list[int], NDArray[np.float32]]:
@@ -240,7 +250,8 @@ def _encode(model: Model, text: str, word: str, pool: Pool) -> tuple[list[int], 
             ids, own = [start, *ids], np.array([False, *own])
     if not own.any():
         raise VesaliusError(f"the text {text!r} has no tokens of its own in this tokenizer; leave it out")
-    longest = int(getattr(model.hf.config, "max_position_embeddings", 0) or getattr(model.hf.config, "n_positions", 0))
+    _known(model, text, np.array(ids)[own])
+    longest = model.n_positions
     if longest and len(ids) > longest:
         raise VesaliusError(
             f"a text of {len(ids)} tokens is longer than {model.name} takes ({longest}): {text[:60]!r}..."

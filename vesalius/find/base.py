@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vesalius.defaults import DEFAULT_MEMORY_GB
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.model import Model, Pairs
-from vesalius.model.sweep import DEFAULT_MEMORY_GB, Prefixed, Progress, Side, Store
+from vesalius.model.sweep import Prefixed, Progress, Side, Store
 from vesalius.parts import Address, Kind, Part
 from vesalius.registry import Registry
 from vesalius.scores import Scores

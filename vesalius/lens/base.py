@@ -168,9 +168,8 @@ def encode(model: Model, prompt: str | Sequence[int] | Tensor) -> Tensor:
         ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
         raise VesaliusError(f"a prompt is one row of tokens, and this has shape {tuple(ids.shape)}")
-    config = model.hf.config
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if longest and ids.shape[1] > int(longest):
+    longest = model.n_positions
+    if longest and ids.shape[1] > longest:
         raise VesaliusError(f"the prompt has {ids.shape[1]} tokens, and {model.name} reads {longest}; shorten it")
     return ids
 
@@ -179,7 +178,7 @@ def token_id(model: Model, token: str | int) -> int:
     """The id of a single token, given as text exactly as the tokenizer has it (mostly with its leading space).
 
     Raises:
-        VesaliusError: if the text is several tokens, saying which.
+        VesaliusError: if the text is unknown, or several tokens, saying which.
     """
     size = int(model.hf.config.vocab_size)
     if isinstance(token, int):
@@ -189,6 +188,8 @@ def token_id(model: Model, token: str | int) -> int:
     if model.tokenizer is None:
         raise VesaliusError(f"{model.name} has no tokenizer; give tokens as ids")
     found = list(model.tokenizer(token, add_special_tokens=False)["input_ids"])
+    if found == [model.tokenizer.unk_token_id] and token != model.tokenizer.unk_token:
+        raise VesaliusError(f"'{token}' is unknown to the tokenizer of {model.name}; choose another word")
     if len(found) == 1:
         return int(found[0])
     spaced = list(model.tokenizer(f" {token}", add_special_tokens=False)["input_ids"])

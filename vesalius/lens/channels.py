@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vesalius.defaults import DEFAULT_MEMORY_GB
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.lens.edits import ComponentEdit
 from vesalius.lens.wiring import Wiring
 from vesalius.model import Intervention, Model, Pairs, Site
 from vesalius.model.intervene import first_layer, taps
 from vesalius.model.replay import Tape
-from vesalius.model.sweep import BATCH, DEFAULT_MEMORY_GB, Progress, metric_values
+from vesalius.model.sweep import BATCH, Progress, metric_values
 from vesalius.parts import Edge, Part
 from vesalius.scores import Scores, bootstrap_mean
 from vesalius.tasks.base import Task

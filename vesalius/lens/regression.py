@@ -71,7 +71,8 @@ class Regression:
             if lens.bias_only:
                 lens.bias[layer] = (cross[d] / gram[d, d] / self.scale[layer]).float()
                 continue
-            ridge = torch.full((d + 1,), RIDGE * float(gram.diagonal()[:d].mean()), dtype=gram.dtype)
+            typical = float(gram.diagonal()[:d].mean()) or 1.0  # states of nothing but zeros: any map does
+            ridge = torch.full((d + 1,), RIDGE * typical, dtype=gram.dtype)
             ridge[d] = 0
             map_ = torch.linalg.solve(gram + ridge.to(gram.device).diag(), cross)  # (d + 1, d)
             weight = map_[:d].T / self.scale[layer]

@@ -22,12 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vesalius.defaults import DEFAULT_MEMORY_GB
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.lens.channels import Measured, measure
 from vesalius.lens.wiring import Wiring
 from vesalius.model import Intervention, Model, Pairs
 from vesalius.model.intervene import locate
-from vesalius.model.sweep import BATCH, DEFAULT_MEMORY_GB, Progress
+from vesalius.model.sweep import BATCH, Progress
 from vesalius.parts import Part, parse_part
 from vesalius.tasks.base import Task
 

@@ -43,7 +43,7 @@ def token_rows(model: Model, texts: Iterable[str], n: int | None, length: int = 
     """
     if model.tokenizer is None:
         raise VesaliusError(f"{model.name} has no tokenizer, so texts cannot be read; open it with one")
-    longest = int(getattr(model.hf.config, "max_position_embeddings", 0) or length)
+    longest = model.n_positions or length
     rows: list[Tensor] = []
     found = 0
     for text in texts:

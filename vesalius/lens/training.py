@@ -170,8 +170,8 @@ def lens_data(model: Model, corpora: Sequence[str], recipe: LensRecipe, tell: Te
     """
     if model.tokenizer is None:
         raise VesaliusError(f"{model.name} has no tokenizer, so no text can be read with it")
-    longest = getattr(model.hf.config, "max_position_embeddings", None)
-    if longest and recipe.length > int(longest):
+    longest = model.n_positions
+    if longest and recipe.length > longest:
         raise VesaliusError(f"rows of {recipe.length} tokens are longer than {model.name} reads ({longest})")
     unknowns = 1 if recipe.bias_only else model.d_model + 1
     if recipe.start == "regression" and recipe.start_steps * recipe.batch < ENOUGH * unknowns:
@@ -463,10 +463,10 @@ def lead(found: pd.DataFrame) -> str:
     wide = found.pivot(index="layer", columns="lens", values="kl")
     wide = wide[wide.index < wide.index.max()]
     better = int((wide["tuned"] < wide["logit"]).sum())
-    least = 1 - (wide["tuned"] / wide["logit"]).max()
-    worst = layer_name(int((wide["tuned"] / wide["logit"]).idxmax()))
+    ratio = (wide["tuned"] / wide["logit"]).dropna()  # 0 / 0: every layer says what the last one says
+    least = f", by {1 - ratio.max():.0%} at least ({layer_name(int(ratio.idxmax()))})" if len(ratio) else ""
     return (
         f"On held-out text the tuned lens is {wide['tuned'].mean():.2f} nats from the final distribution on average "
-        f"over layers, the logit lens {wide['logit'].mean():.2f}; it is nearer at {better} of {len(wide)} layers, by "
-        f"{least:.0%} at least ({worst})."
+        f"over layers, the logit lens {wide['logit'].mean():.2f}; it is nearer at {better} of {len(wide)} "
+        f"layers{least}."
     )

@@ -196,7 +196,7 @@ def open_tuned(model: Model, source: str | Path | None, transfer: bool) -> Tuned
     if source is not None:
         folder = Path(source)
         if not (folder / NOTE).exists() and not folder.is_dir():
-            folder = find_run(str(source)).folder
+            folder = find_run(str(source), holding=NOTE).folder
         return TunedLens.load(folder, model, transfer=transfer)
     runs = list_runs(DEFAULT_ROOT)
     for folder in map(Path, runs.loc[(runs["command"] == COMMAND) & (runs["state"] == "done"), "folder"]):

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vesalius.defaults import DEFAULT_MEMORY_GB
 from vesalius.errors import PartError, VesaliusError
 from vesalius.model import Model, Pairs, Site
 from vesalius.model.crew import Crew
@@ -32,7 +33,7 @@ from vesalius.model.hooks import Tap
 from vesalius.model.intervene import Ablation, locate
 from vesalius.model.reference import Reference
 from vesalius.model.replay import Tape
-from vesalius.model.sweep import BATCH, DEFAULT_MEMORY_GB, Progress, Store, activations, metric_values, record
+from vesalius.model.sweep import BATCH, Progress, Store, activations, metric_values, record
 from vesalius.parts import Part
 from vesalius.prove.circuit import Circuit
 

@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from vesalius.defaults import DEFAULT_MEMORY_GB
 from vesalius.errors import VesaliusError
 from vesalius.find.base import PairsSource, pairs_of
 from vesalius.model import Model, Pairs
 from vesalius.model.graph import Level, universe_of
 from vesalius.model.intervene import Ablation
-from vesalius.model.sweep import DEFAULT_MEMORY_GB, Progress, Store
+from vesalius.model.sweep import Progress, Store
 from vesalius.parts import Part
 from vesalius.prove.areas import MIB_FRACTIONS, Areas, FaithfulnessCurve, areas, faithfulness_curve
 from vesalius.prove.circuit import Circuit, grow, random_circuit

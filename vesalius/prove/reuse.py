@@ -23,13 +23,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from vesalius.defaults import DEFAULT_HELD_OUT, DEFAULT_MEMORY_GB
 from vesalius.errors import TaskError, VesaliusError
 from vesalius.find import find
 from vesalius.find.base import METHODS, parameters
 from vesalius.find.detectors.roles import ROLES, Roles, roles
 from vesalius.model import Model, Pairs
 from vesalius.model.graph import universe_of
-from vesalius.model.sweep import DEFAULT_MEMORY_GB, Prefixed, Progress, Store
+from vesalius.model.sweep import Prefixed, Progress, Store
 from vesalius.parts import Part
 from vesalius.prove.areas import faithfulness_curve
 from vesalius.prove.circuit import Circuit, grow
@@ -42,7 +43,6 @@ from vesalius.tasks.performance import Performance, performance
 
 SHARE = 0.25  # of the heads and MLPs
 CONTROLS = 5  # random circuits beside each
-HELD_OUT = 200  # prompts for the transplant
 
 
 class Splittable(Protocol):
@@ -251,7 +251,7 @@ def reuse(
     target: float | None = None,
     with_roles: bool = True,
     with_transplant: bool = True,
-    held_out: int = HELD_OUT,
+    held_out: int = DEFAULT_HELD_OUT,
     most: int = MOST,
     seed: int = 0,
     memory_gb: float = DEFAULT_MEMORY_GB,

@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from vesalius.defaults import DEFAULT_MEMORY_GB
 from vesalius.errors import PartError, UnknownName, VesaliusError
 from vesalius.find.base import PairsSource
 from vesalius.find.detectors.landmarks import Landmarks, landmarks
@@ -31,7 +32,7 @@ from vesalius.find.detectors.roles import Roles, watch_shares
 from vesalius.model import Intervention, Model, Pairs
 from vesalius.model.intervene import taps
 from vesalius.model.replay import Tape
-from vesalius.model.sweep import BATCH, DEFAULT_MEMORY_GB, Progress, metric_values
+from vesalius.model.sweep import BATCH, Progress, metric_values
 from vesalius.parts import Part
 from vesalius.scores import Scores, bootstrap_mean
 from vesalius.tasks.metrics import LogitDiff, accuracy

@@ -116,7 +116,7 @@ from vesalius.report.tuning import tuning_report
 from vesalius.report.writing import writing_report
 from vesalius.runs import Run
 
-CHANGES = ("prune", "quantize", "merge", "repair", "forget", "distil", "steady")
+CHANGES = ("prune", "sparsify", "quantize", "merge", "distil", "repair", "forget")
 _REPORTS: dict[str, Callable[[Run], Path]] = {
     "circuit": circuit_report,
     "reuse": reuse_report,

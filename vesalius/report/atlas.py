@@ -73,7 +73,7 @@ def roles(summary: Mapping[str, Any], scores: pd.DataFrame, leading: pd.DataFram
         count = int(((scores["detector"] == name) & scores["found"]).sum())
         what = summary["detectors"][name]["what"]
         rows.append([f"**{name}**", what, count, named or "none", f"{max(chance, 0.0):.3f}"])
-    table = markdown(["role", "the head ...", "heads", "the strongest, with score", "by chance"], rows)
+    table = markdown(["role", "the head ...", "heads", "the strongest, with score", "by chance, median"], rows)
     return f"{summary['lead']}\n\n{table}\n{head_map(leading)}"
 
 

@@ -82,9 +82,9 @@ def _components(components: pd.DataFrame | None) -> Section:
         .properties(width="container", height=30 * len(order))
     )
     read = (
-        "each dot is one component of the sender's output matrix; right is what the receiver reads more of, size is "
-        "how strongly the sender writes it. A channel of one dimension is a dot far to the right of its row; a row of "
-        "many dots to the right is a head that is read as a whole."
+        "each dot is one component of the sender's output matrix, the largest in orange; right is what the receiver "
+        "reads more of, size is how strongly the sender writes it. A channel of one dimension is a dot far to the "
+        "right of its row; a row of many dots to the right is a head that is read as a whole."
     )
     return Section(
         title, [Chart(charts._spec(chart), f"Components of {len(order)} channels", "The strongest channels")], read
@@ -238,17 +238,20 @@ def _heads(scores: pd.DataFrame | None, summary: dict[str, Any]) -> Section:
 def _texts(found: pd.DataFrame | None, summary: dict[str, Any]) -> Section:
     title = "Where the feature is in a text"
     if found is None:
-        return Section(title, missing="no text was given (--texts).")
+        return Section(title, missing="no text was given (--corpus).")
     limit = float(found["score"].abs().quantile(0.98)) or 1.0
     lines = []
+    apart = not found["token"].astype(str).str.startswith((" ", "Ġ", "▁")).any()  # no token says where a word begins
     for _, row in found.groupby("row", sort=True):
         said = Markup("")
         for r in row.sort_values("place").to_dict("records"):
             strength = min(1.0, abs(float(r["score"])) / limit)
             ink = charts.POSITIVE if r["score"] > 0 else charts.NEGATIVE
             style = f"background: {ink}{round(strength * 165):02x}; padding: 1px 1px; border-radius: 3px"
-            said += Markup('<span style="{}" title="{}">{}</span> ').format(
-                style, f"{float(r['score']):.3g}", token(str(r["token"]))
+            text = str(r["token"])
+            gap = " " if apart or text.startswith((" ", "Ġ", "▁")) else Markup("<wbr>")
+            said += gap + Markup('<span style="{}" title="{}">{}</span>').format(
+                style, f"{float(r['score']):.3g}", token(text)
             )
         lines.append(Markup("<p>{}</p>").format(said))
     read = (
@@ -275,7 +278,7 @@ def _words(words: pd.DataFrame | None, summary: dict[str, Any]) -> Section:
 def _coupled(both: pd.DataFrame | None, summary: dict[str, Any]) -> Section:
     title = "Coupled with another observable"
     if both is None:
-        return Section(title, missing="no second observable was given (--with), or no text to compare them on.")
+        return Section(title, missing="no second observable was given (--with), or no text on which both vary.")
     c = summary["coupling"]
     x = np.array([both["first"].min(), both["first"].max()])
     lines = {

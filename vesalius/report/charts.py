@@ -97,8 +97,11 @@ def heatmap(table: pd.DataFrame, unit: str, limit: float, caption: str = "Every 
     if "MLP" in columns and len(columns) > 1:
         columns.insert(columns.index("MLP"), " ")  # a gap before the MLPs
     layers = list(range(int(table["layer"].max()), -1, -1))
+    signed = bool((table["score"] < 0).any())  # lengths and shares need one half of the scale
+    colors = DIVERGING if signed else SEQUENTIAL
+    ends = [-limit, 0, limit] if signed else [0, limit / 2, limit]
     shades = alt.Scale(
-        domain=list(np.linspace(-limit, limit, len(DIVERGING))), range=DIVERGING, clamp=True, interpolate="rgb"
+        domain=list(np.linspace(ends[0], limit, len(colors))), range=colors, clamp=True, interpolate="rgb"
     )
     hover: list[Any] = [
         "part",
@@ -124,7 +127,7 @@ def heatmap(table: pd.DataFrame, unit: str, limit: float, caption: str = "Every 
         tooltip=present,
     )
     color = alt.Color("score:Q", scale=shades, title=f"score ({unit})").legend(
-        orient="top", gradientLength=200, gradientThickness=10, format=".2~g", values=[-limit, 0, limit]
+        orient="top", gradientLength=200, gradientThickness=10, format=".2~g", values=ends
     )
     outline = base.transform_filter("datum.member == 'yes'").mark_rect(fillOpacity=0, stroke=INK, strokeWidth=1.6)
     chart = alt.layer(base.mark_rect().encode(color=color), outline)
@@ -355,6 +358,8 @@ def matrix(table: pd.DataFrame, names: Sequence[str], value: str, title: str, si
     return Chart(_spec(chart), title, title, wide=False)
 
 
+FEW_PLACES = 6  # whole numbers on an axis that are all written out
+NAMED = 6  # grey series that a caption names
 LINES = [POSITIVE, NEGATIVE, "#3f8f6b", "#8a5ba8", "#b8860b", "#5b6b7a", "#c04a7a", "#2a8fa8", "#7a7a2a", "#a85b3f"]
 
 
@@ -372,8 +377,12 @@ def lines(
     height: int = 260,
     wide: bool = True,
     captioned: bool = True,
+    nested: bool = False,
 ) -> Chart:
-    """Curves over a common axis, one colour a series; series in `grey` stay in the background."""
+    """Curves over a common axis, one colour a series; those in `grey` stay behind, named in the caption if few.
+
+    `nested`: the first series is the thickest, so that curves which coincide are all seen.
+    """
     data = table.dropna(subset=[y]).copy()
     if log_x:  # step 0 stands one place before step 1
         data["shown"] = data[x].astype(float).clip(lower=0.5)
@@ -387,6 +396,9 @@ def lines(
     else:
         data["shown"] = data[x].astype(float)
         scale, axis = {"nice": False, "zero": False, "domain": _span(data["shown"])}, {"grid": False, "format": "~s"}
+        places = sorted(set(data["shown"]))
+        if len(places) <= FEW_PLACES and all(x % 1 == 0 for x in places):
+            axis["values"] = places
     hover: list[Any] = [alt.Tooltip(x), alt.Tooltip(y, format=".4~g")]
     base = alt.Chart(data).encode(
         x=alt.X("shown:Q", title=titles[0], scale=alt.Scale(**scale)).axis(**axis),
@@ -409,15 +421,23 @@ def lines(
         )
         layers = []
         if len(bold) < len(names):
+            if few := len(names) - len(bold) <= NAMED:
+                label += f"; grey: {', '.join(n for n in names if n not in bold)}"
             behind = base.transform_filter(
                 alt.FieldOneOfPredicate(field=series, oneOf=[n for n in names if n in set(grey)])
             )
             layers.append(
-                behind.mark_line(strokeWidth=1, stroke=CONTROL, opacity=0.35).encode(
+                behind.mark_line(strokeWidth=1, stroke=CONTROL, opacity=0.8 if few else 0.35).encode(
                     detail=f"{series}:N", tooltip=hover
                 )
             )
-        layers.append(front.mark_line(strokeWidth=2.2))
+        if nested:
+            widths = alt.Scale(domain=bold, range=[5.0, 1.4])
+            layers.append(
+                front.mark_line().encode(strokeWidth=alt.StrokeWidth(f"{series}:N", scale=widths, legend=None))
+            )
+        else:
+            layers.append(front.mark_line(strokeWidth=2.2))
         if points:
             layers.append(front.mark_circle(size=26, opacity=1))
     chart = alt.layer(*layers).properties(width="container", height=height)

@@ -67,9 +67,9 @@ def _facts(q: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         small = f"95 % {percent(mean['low'])} to {percent(mean['high'])}; against zero ablation {percent(zero['mean'])}"
         if mean["mean"] is None:
             small = "which costs this model nothing on this text"
-        facts.append(("loss won back", percent(mean["mean"]), f"against mean ablation; {small}"))
+        facts.append(("loss recovered", percent(mean["mean"]), f"against mean ablation; {small}"))
         small = f"as it is {number(q['ce_clean'])}, mean-ablated {number(q['ce_mean'])} nats"
-        facts.append(("loss spliced", number(q["ce_spliced"]), small))
+        facts.append(("loss with it in place", number(q["ce_spliced"]), small))
     return facts
 
 

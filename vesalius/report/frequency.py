@@ -19,6 +19,13 @@ _NAMES = {
     "untrained": "before training",
 }
 
+_ONLY = {
+    "sentence": "sentence only",
+    "phrase": "phrase only",
+    "raw sentence": "raw sentence only",
+    "raw phrase": "raw phrase only",
+}
+
 
 def frequency_report(run: Run) -> Path:
     """Draws a frequency run as one offline HTML file in its folder.
@@ -85,7 +92,8 @@ def _conditions(conditions: pd.DataFrame | None, summary: dict[str, Any]) -> Sec
         "what they are worth. A rhythm that stays when words are exchanged between sentences is one of parts of speech."
     )
     examples = Table.of(["sentences, as they were read"], [[s] for s in summary.get("example") or []])
-    return Section(title, [chart, Table.of(heads, rows), examples], read)
+    shown = [_ONLY.get(h, h) for h in heads]
+    return Section(title, [chart, Table.of(shown, rows), examples], read)
 
 
 def _spectra(found: pd.DataFrame | None, summary: dict[str, Any]) -> Section:
@@ -97,6 +105,7 @@ def _spectra(found: pd.DataFrame | None, summary: dict[str, Any]) -> Section:
     chart = charts.lines(
         named, "frequency", "amplitude", ("frequency (Hz)", "amplitude over root mean square"), "Mean spectrum of the "
         "units that follow sentences", "condition", from_zero=True, points=False,
+        nested=True,
     )  # fmt: skip
     rate = 4 / summary["words"]
     read = (
@@ -110,9 +119,8 @@ def _profile(profile: pd.DataFrame | None, conditions: pd.DataFrame | None) -> S
     title = "By layer"
     if profile is None:
         return Section(title, missing="nothing was measured.")
-    kept = {"share": "units at the sentence's rate", "fitted": "smoothed"}
-    kept |= {"fitted_low": "interval, low", "fitted_high": "interval, high"}
-    kept |= {k: v for k, v in _NAMES.items() if k in profile}
+    kept = {"share": _NAMES["sentences"]} | {k: v for k, v in _NAMES.items() if k in profile}
+    kept |= {"fitted": "the sentences, smoothed", "fitted_low": "interval (low)", "fitted_high": "interval (high)"}
     table = profile[["layer", *kept]].rename(columns=kept).melt("layer", var_name="what", value_name="value")
     chart = charts.lines(
         table, "layer", "value", ("layer", "share of units"), "Share of units that follow sentences", "what",
@@ -123,7 +131,7 @@ def _profile(profile: pd.DataFrame | None, conditions: pd.DataFrame | None) -> S
         "grey lines bound the smoothed curve's 95 % interval (jackknife over tenths of the sentences). It knows "
         "nothing of sentences of another kind."
     )
-    return Section(title, [chart, tables.frame_table(profile, columns, shown=12)], read)
+    return Section(title, [chart, tables.frame_table(profile, columns, shown=12, labels=_ONLY)], read)
 
 
 def _places(found: pd.DataFrame | None) -> Section:

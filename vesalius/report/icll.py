@@ -88,7 +88,8 @@ def _heads(run: Run) -> Section:
     columns = ["part", "1-gram", "2-gram", "3-gram", "q", "tvd_without", "rise"]
     read = (
         "attention on tokens that stood after an earlier occurrence of the last 1, 2, 3 tokens, less attention on the "
-        "same places in other prompts; q of the second. rise: of the distance to the truth when the head's output is "
+        "same places in other prompts; q of the second. They count the tokens that match, so that "
+        "1-gram looks up what a 2-gram learner counts. rise: of the distance to the truth when the head's output is "
         "its mean. A head that matches one token also covers the matches of two and three, which lie among them."
     )
     return Section(title, [tables.frame_table(found, columns)], read)

@@ -76,10 +76,15 @@ def _trajectory(run: Run, summary: dict[str, Any]) -> Drawn:
     sections = [
         Section("Likeliest tokens", [readings.tokens_by_layer(shown, "p", "probability", "Likeliest token")], read)
     ]
-    limit = min(float(shown["kl"].quantile(0.9)), 20.0) or 1.0
+    said = shown if lens == "logit" or len(places) == 1 else shown[shown["position"] > 0]
+    limit = min(float((said if len(said) else shown)["kl"].quantile(0.9)), 20.0) or 1.0
     far = readings.tokens_by_layer(shown, "kl", "KL to the end (nats)", "Distance from the final prediction", limit)
     sections.append(
-        Section("Distance from the final prediction", [far], "KL from the final distribution to the lens's, in nats.")
+        Section(
+            "Distance from the final prediction",
+            [far],
+            f"KL from the final distribution to the lens's, in nats; the darkest cells have {number(limit)} or more.",
+        )
     )
     place = int(summary.get("position", places[-1]))
     sections.append(_at(run, found, place, [str(t) for t in summary.get("tokens") or []]))

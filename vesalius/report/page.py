@@ -165,6 +165,8 @@ def record(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     arguments = request.pop("arguments", None)
     request.pop("command", None)
     for name, value in {**request, **(arguments if isinstance(arguments, dict) else {})}.items():
+        if value is None:
+            continue
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         rows.append((name.replace("_", " "), text))
     earlier = found.pop("earlier", [])

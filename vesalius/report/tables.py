@@ -110,11 +110,16 @@ def edges_table(edges: Sequence[Mapping[str, Any]]) -> Table:
     return Table(["from", "to", "score"], rows, shown=15)
 
 
-def frame_table(found: pd.DataFrame, columns: Sequence[str] | None = None, shown: int = 25) -> Table:
-    """A table as it was stored, empty columns left out."""
+def frame_table(
+    found: pd.DataFrame,
+    columns: Sequence[str] | None = None,
+    shown: int = 25,
+    labels: Mapping[str, str] | None = None,
+) -> Table:
+    """A table as it was stored, empty columns left out; headings as in `labels`, or the columns' names."""
     kept = [c for c in (columns or found.columns) if c in found and found[c].notna().any()]
     rows = [[cell(row[c]) for c in kept] for row in found.to_dict("records")]
-    return Table([_LABELS.get(c, c.replace("_", " ")) for c in kept], rows, shown)
+    return Table([(labels or {}).get(c, _LABELS.get(c, c.replace("_", " "))) for c in kept], rows, shown)
 
 
 def example_table(examples: Sequence[Mapping[str, Any]]) -> Table:

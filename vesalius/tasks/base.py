@@ -34,6 +34,7 @@ from vesalius.tasks.words import Words
 
 OnMisaligned = Literal["error", "skip"]
 Stream = Callable[..., Iterator[Example]]
+MOST = 1_000_000  # prompts drawn: a gigabyte of text
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ class Task:
                 raise UnknownName(name, str(value), known)
         if self.n is not None and (type(self.n) is not int or self.n < 1):
             raise TaskError(f"task '{self.name}': n must be a whole number of at least 1, not {self.n!r}")
+        if self.n is not None and self.n > MOST and isinstance(self.source, Generator):
+            raise TaskError(f"task '{self.name}': {self.n:,} prompts are more than can be kept; give at most {MOST:,}")
         if self.n is None and isinstance(self.source, Generator):
             raise TaskError(f"task '{self.name}' draws its examples: say how many with n=...")
         rows = len(self.source.examples) if isinstance(self.source, UserRows) else None
@@ -246,9 +249,9 @@ class Task:
         seen: set[Any] = set()
         skipped = {"misaligned": 0, "duplicate": 0, "in the other split": 0}
         first_skip, dry = "", 0
-        patience = 1000 + 20 * (self.n or 0)  # fruitless draws in a row before an endless stream counts as empty
         for key, where, e in self._stream(words):
-            if len(found) == self.n or (dry > patience and not user):
+            patience = 1000 + 20 * min(self.n or 0, max(1000, len(found)))
+            if len(found) == self.n or (dry > patience and not user):  # so long in vain: an endless stream is empty
                 break
             # Drawn tasks keep one example of each clean prompt; a user may ask several things of one.
             same = (e.clean, e.corrupted, e.answer, e.wrong) if user else e.clean

@@ -62,13 +62,16 @@ class Example:
 
 
 class OpenModel(Protocol):
-    """What is needed of an opened model here: its tokenizer, its kind, and the Hugging Face model."""
+    """What is needed of an opened model here: its tokenizer, its kind, its length, and the Hugging Face model."""
 
     @property
     def tokenizer(self) -> Any: ...
 
     @property
     def kind(self) -> str: ...
+
+    @property
+    def n_positions(self) -> int | None: ...
 
     @property
     def hf(self) -> Any: ...
@@ -419,12 +422,9 @@ def _check_known(encoder: Encoder, ids: Iterable[int], known: float, where: str)
 
 
 def _check_length(rows: Sequence[_Row], model: OpenModel, where: Sequence[str]) -> None:
-    config = getattr(model.hf, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and getattr(config, "model_type", "") in ("roberta", "xlm-roberta"):
-        limit -= int(getattr(config, "pad_token_id", None) or 0) + 1  # it counts positions from after its padding's
+    limit = model.n_positions
     longest = max(rows, key=lambda r: len(r.clean))
-    if isinstance(limit, int) and len(longest.clean) > limit:
+    if limit and len(longest.clean) > limit:
         raise TaskError(
             f"{where[longest.example]}: {len(longest.clean)} tokens, and this model reads at most {limit}; shorten it"
         )

@@ -122,17 +122,17 @@ class Lstm(_Gated):
         self.recurrence = nn.Parameter(torch.randn(a.heads, a.d_head, 4 * a.d_head) * a.d_head**-0.5)
 
     def run(self, gates: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        first = gates[:, :, 0, : gates.shape[-1] // 4]
-        c, h = (torch.zeros_like(first),) * 2 if before is None else before.chunk(2, dim=-1)
+        forget = gates[..., : gates.shape[-1] // 4]
+        c, h = (torch.zeros_like(forget[:, :, 0]),) * 2 if before is None else before.chunk(2, dim=-1)
+        starts, absents = forget <= -CLOSED, forget >= CLOSED
+        some = [bool(x) for x in starts.any(-1).any(0).any(0)]  # positions at which some row begins anew
         outputs = []
-        for t in range(gates.shape[2]):
-            seen = gates[:, :, t] + torch.einsum("bhd,hde->bhe", h, self.recurrence)
+        steps = zip(gates.unbind(2), starts.unbind(2), absents.unbind(2), some, strict=True)
+        for gate, start, absent, fresh in steps:
+            seen = gate + torch.einsum("bhd,hde->bhe", h, self.recurrence)
+            if fresh:  # a new sequence sees no output of the old one
+                seen = torch.where(start.repeat(1, 1, 4), gate, seen)
             f, i, z, o = seen.chunk(4, dim=-1)
-            start = gates[:, :, t, : first.shape[-1]] <= -CLOSED  # a new sequence sees no output of the old one
-            if bool(start.any()):
-                fresh = gates[:, :, t].chunk(4, dim=-1)
-                f, i, z, o = (torch.where(start, new, old) for new, old in zip(fresh, (f, i, z, o), strict=True))
-            absent = gates[:, :, t, : first.shape[-1]] >= CLOSED
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(z)
             h = torch.where(absent, h, torch.sigmoid(o) * torch.tanh(c))
             outputs.append(h)
@@ -171,8 +171,8 @@ def in_blocks(forget: Tensor, write: Tensor, before: Tensor | None, block: int) 
         apart *= 2
     state = torch.zeros_like(local[:, :, 0, 0]) if before is None else before
     cells = []
-    for n in range(local.shape[2]):
-        cells.append(local[:, :, n] + kept[:, :, n] * state.unsqueeze(2))
+    for mine, share in zip(local.unbind(2), kept.unbind(2), strict=True):
+        cells.append(mine + share * state.unsqueeze(2))
         state = cells[-1][:, :, -1]
     return torch.cat(cells, dim=2)[:, :, :length]
 

@@ -25,6 +25,7 @@ from vesalius.features.bias.weat import holm
 from vesalius.features.bias.words import Gendered
 
 Floats = NDArray[np.float64]
+LEANS = (-1.0, 1.0)  # what `leans` can be
 LEAST = 5  # documents of a group: fewer make no interval worth the name
 
 
@@ -61,11 +62,17 @@ def leans(texts: Sequence[str], gendered: Gendered | None = None) -> Floats:
     return np.array(found, dtype=float)
 
 
-def compare(values: Mapping[str, Sequence[float] | Floats], *, bound: float) -> Comparison:
+def compare(
+    values: Mapping[str, Sequence[float] | Floats],
+    *,
+    bound: float,
+    limits: tuple[float, float] = (-np.inf, np.inf),
+) -> Comparison:
     """Compares the values of two or more groups; missing ones (NaN) are left out.
 
     Args:
         values: one a document, by group. bound: differences smaller than this are negligible.
+        limits: of what a value can be; intervals end there.
 
     Raises:
         VesaliusError: for fewer than two groups, or a group with fewer than five values.
@@ -82,7 +89,15 @@ def compare(values: Mapping[str, Sequence[float] | Floats], *, bound: float) -> 
     for name, v in clean.items():
         half = float(stats.t.ppf(0.975, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v)))
         mean = float(v.mean())
-        means.append({"group": name, "n": len(v), "mean": mean, "low": mean - half, "high": mean + half})
+        means.append(
+            {
+                "group": name,
+                "n": len(v),
+                "mean": mean,
+                "low": max(mean - half, limits[0]),
+                "high": min(mean + half, limits[1]),
+            }
+        )
     rows: list[dict[str, Any]] = []
     for a, b in combinations(clean, 2):
         x, y = clean[a], clean[b]
@@ -98,6 +113,8 @@ def compare(values: Mapping[str, Sequence[float] | Floats], *, bound: float) -> 
         else:  # both constant: there is nothing to test
             row |= {"low": difference, "high": difference, "p": float(difference == 0), "cohen_d": np.nan}
             row["p_equivalence"] = float(abs(difference) >= bound)
+        widest = limits[1] - limits[0]
+        row |= {"low": max(row["low"], -widest), "high": min(row["high"], widest)}
         rows.append(row)
     pairs = pd.DataFrame(rows)
     pairs["p_holm"] = holm(pairs["p"].to_numpy(float))

@@ -20,7 +20,7 @@ from scipy import stats
 
 from vesalius.errors import VesaliusError
 from vesalius.features.bias.cooccurrence import tokens as words_of
-from vesalius.features.bias.groups import Comparison, compare, leans
+from vesalius.features.bias.groups import LEANS, Comparison, compare, leans
 from vesalius.features.bias.words import Gendered, article, suggestions
 from vesalius.features.concepts import rows
 from vesalius.features.vectors import Progress
@@ -99,7 +99,7 @@ def suggest(
     table["female"], table["male"] = counts[:, 0], counts[:, 1]
     table["lean"] = leans(written)
     values = {k: table.loc[table["kind"] == k, "lean"].dropna().to_numpy(float) for k in KINDS}
-    found = compare(values, bound=bound)
+    found = compare(values, bound=bound, limits=LEANS)
     neutral = table.loc[table["kind"] == "neutral", "lean"].to_numpy(float)
     return Suggestions(table, found, false_alarms(neutral, splits, bound, seed), splits)
 

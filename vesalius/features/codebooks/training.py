@@ -12,7 +12,6 @@ put in (no training), and fine-tuned as long without codes if that is asked for 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -195,7 +194,7 @@ def data_of(
         return made[0], made[1]
     if model.tokenizer is None:
         raise VesaliusError(f"{model.name} has no tokenizer, so no text can be read with it")
-    longest = int(getattr(model.hf.config, "max_position_embeddings", 0) or 0)
+    longest = model.n_positions
     if longest and recipe.length > longest:
         raise VesaliusError(f"rows of {recipe.length} tokens are longer than {model.name} reads ({longest})")
     names = [str(source)] if isinstance(source, (str, Path)) else [str(s) for s in source]
@@ -232,7 +231,7 @@ class _Work:
     ) -> None:
         self.run, self.original, self.books, self.recipe = run, model, books, recipe
         self.train, self.held_out, self.text, self.tell = train, held_out, text, tell
-        self.model = _copy(model)
+        self.model = model.copied()
 
     def go(self, command_line: str) -> None:
         """From wherever it stands to the end."""
@@ -311,7 +310,7 @@ class _Work:
     def _plain(self, base: Objective) -> float:
         """The held-out loss of the original, fine-tuned as long without codes."""
         kept = self.model
-        self.model = _copy(self.original)
+        self.model = self.original.copied()
         self.model.hf.requires_grad_(True).train()
         trainer = self._trainer(Coded(self.model, None), base)
         for log in trainer.steps(self.recipe.steps):
@@ -359,11 +358,6 @@ class _Work:
             "command": command_line,
         }
         self.run.save_json("summary", summary)
-
-
-def _copy(model: Model) -> Model:
-    """The same model with weights of its own."""
-    return Model.wrap(copy.deepcopy(model.hf), model.tokenizer, name=model.name, fingerprint=model.fingerprint)
 
 
 def _copied(source: Path, target: Path) -> None:

@@ -106,7 +106,7 @@ def corpus_rows(
     if model.tokenizer is None:
         raise VesaliusError(f"{model.name} has no tokenizer, so no text can be read with it")
     skip = first_read(model)
-    longest = int(getattr(model.hf.config, "max_position_embeddings", 0) or 0)
+    longest = model.n_positions
     length = min(LENGTH, longest or LENGTH) if length is None else length
     if length <= skip or (longest and length > longest):
         raise VesaliusError(f"rows of {length} tokens: {model.name} reads {skip + 1} to {longest or 'any number'}")

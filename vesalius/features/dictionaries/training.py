@@ -411,8 +411,8 @@ def lead(sae: SAE, q: dict[str, Any]) -> str:
             f"{q['ce_clean']:.2f}, mean-ablated {q['ce_mean']:.2f})"
         )
         if mean["mean"] is None:
-            return text + "; the ablation costs it nothing, so that no share of a loss is won back."
-        text += f": {mean['mean']:.1%} [{mean['low']:.1%}, {mean['high']:.1%}] of the loss is won back."
+            return text + "; the ablation costs it nothing, so that no share of a loss is recovered."
+        text += f": {mean['mean']:.1%} [{mean['low']:.1%}, {mean['high']:.1%}] of the loss is recovered."
     return text
 
 

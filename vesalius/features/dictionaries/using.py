@@ -84,7 +84,7 @@ def written(model: Model, ids: torch.Tensor, tokens: int) -> str:
     Raises:
         VesaliusError: if prompt and text are longer than the model reads.
     """
-    most = int(getattr(model.hf.config, "max_position_embeddings", 0) or 0)
+    most = model.n_positions
     if most and ids.shape[1] + tokens > most:
         raise VesaliusError(
             f"{tokens} tokens after a prompt of {ids.shape[1]} are more than {model.name} reads ({most}); lower "

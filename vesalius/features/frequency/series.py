@@ -115,7 +115,7 @@ def _stream(model: Model, sentences: Sequence[Sentence], stack: str, layers: Seq
     tokenizer = model.tokenizer
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{model.name} has no fast tokenizer, so words and tokens cannot be matched")
-    limit = int(getattr(model.hf.config, "max_position_embeddings", 0) or getattr(model.hf.config, "n_positions", 0))
+    limit = model.n_positions
     room = min(limit or CHUNK_TOKENS, CHUNK_TOKENS) - 2  # a tokenizer may add special tokens on both sides
     lengths = [len(tokenizer(" " + " ".join(s), add_special_tokens=False)["input_ids"]) for s in sentences]
     n, k, lead = len(sentences), len(sentences[0]), min(LEAD, len(sentences))
@@ -155,6 +155,11 @@ def _words(model: Model, words: Sequence[str], skip: int, stack: str, layers: Se
     missing = (weights.sum(1) == 0).nonzero()
     if len(missing):
         raise VesaliusError(f"the word {words[int(missing[0])]!r} has no token of its own; leave out its sentence")
+    known = torch.tensor([i != tokenizer.unk_token_id for i in coded["input_ids"]], dtype=weights.dtype)
+    unknown = (weights @ known == 0).nonzero()
+    if len(unknown):
+        word = words[int(unknown[0])]
+        raise VesaliusError(f"the word {word!r} is unknown to the tokenizer of {model.name}; leave out its sentence")
     weights = (weights / weights.sum(1, keepdim=True))[skip:]
     pooled: dict[int, Floats32] = {}
 

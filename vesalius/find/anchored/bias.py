@@ -102,7 +102,7 @@ def rows_of(model: Model, prompts: Sequence[str]) -> Rows:
     encoder = encoder_of(model)
     found = [(*encoder.prefix, *encoder.ids(p)) for p in prompts]
     width = max(map(len, found))
-    most = int(getattr(model.hf.config, "max_position_embeddings", 0) or 0)
+    most = model.n_positions
     if most and width > most:
         raise TaskError(f"a question has {width} tokens, and {model.name} reads at most {most}; shorten it")
     pad = getattr(model.tokenizer, "pad_token_id", None) or 0

@@ -203,8 +203,11 @@ class Heads:
 
 
 def of_head(table: pd.DataFrame, head: str | Part) -> pd.DataFrame:
-    """One head's rows of `Heads.to_frame`, with `place`: by how many heads its score is exceeded, and one."""
-    place = table.groupby("detector")["score"].rank(ascending=False, method="min")
+    """One head's rows of `Heads.to_frame`, with `place`: by how many heads its score is exceeded, and one.
+
+    A head of which nothing is seen (a score of 0 or less) has no place.
+    """
+    place = table.groupby("detector")["score"].rank(ascending=False, method="min").where(table["score"] > 0)
     found = table.assign(place=place)[table["part"] == str(parse_part(str(head)))].reset_index(drop=True)
     return found.astype({"place": "Int64"})
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vesalius.defaults import DEFAULT_MEMORY_GB
 from vesalius.errors import VesaliusError
 from vesalius.find.detectors.kinds import Kind
 from vesalius.model import Intervention, Model, Pairs
 from vesalius.model.intervene import ablation_value, sites_of
-from vesalius.model.sweep import DEFAULT_MEMORY_GB, Progress, Recording, sweep
+from vesalius.model.sweep import Progress, Recording, sweep
 from vesalius.parts import Part
 from vesalius.tasks import Example, Task
 from vesalius.tasks.base import UserRows

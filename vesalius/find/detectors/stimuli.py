@@ -25,9 +25,7 @@ BRANCHES = 3  # symbols that may follow one
 
 def longest(model: Model, wanted: int) -> int:
     """The length wanted, or as much of it as the model has positions for."""
-    config = model.hf.config
-    most = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or wanted)
-    return min(wanted, most)
+    return min(wanted, model.n_positions or wanted)
 
 
 def n_tokens(model: Model) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from vesalius.defaults import DEFAULT_MEMORY_GB
 from vesalius.errors import VesaliusError
 from vesalius.find.base import find
 from vesalius.find.recall.heads import TaskHeads, Writes, attention, task_heads, topic_tokens, unembedded, writes
@@ -28,7 +29,7 @@ from vesalius.find.recall.questions import Asked, Question, ask, one, take_apart
 from vesalius.find.recall.regression import NEEDED, Floats, Mixing, mix
 from vesalius.find.recall.vectors import effects, neutral
 from vesalius.model import Model, Pairs, Site
-from vesalius.model.sweep import DEFAULT_MEMORY_GB, Progress, Store
+from vesalius.model.sweep import Progress, Store
 from vesalius.parts import Part
 from vesalius.scores import Scores
 from vesalius.tasks.facts import Relation

@@ -1,0 +1,50 @@
+"""Options that several commands share, as one parameter: a dataclass whose fields are options.
+
+    @dataclass(frozen=True)
+    class Place:
+        out: OutFolder = None
+        fresh: Fresh = False
+
+    @expanded
+    def command(model: ModelName = "small", *, place: Place) -> None: ...
+
+has the options of `model`, `out` and `fresh`, and is given a Place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from typing import Any, get_type_hints
+
+
+def expanded(function: Callable[..., None]) -> Callable[..., None]:
+    """The function with each dataclass among its parameters replaced by the fields of it."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, type] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = hints[name]
+        if not is_dataclass(kind):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
+            continue
+        assert isinstance(kind, type)
+        groups[name] = kind
+        typed = get_type_hints(kind, include_extras=True)
+        parameters += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=typed[f.name])
+            for f in fields(kind)
+        ]
+
+    @wraps(function)
+    def command(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
+        function(**given)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    del command.__wrapped__  # else its parameters would be read
+    return command
