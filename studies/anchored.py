@@ -123,9 +123,8 @@ def real(size: Size) -> tuple[list[str], list[list[str]]]:
          verdict([v["text"] <= 0.01 for v in value])],
         ["random edits as large change nothing (≤ 0.05)", each(moved), verdict([m <= 0.05 for m in moved])],
         ["matches prior calibration (variation, accuracy)",
-         ", ".join(f"{v['variation']:.2f} against {c['variation']:.2f}, {v['accuracy']:.3f} "
-         f"against "
-         f"{c['accuracy']:.3f}" for v, c in zip(value, calibrated, strict=True)),
+         "; ".join(f"({v['variation']:.2f}, {v['accuracy']:.3f}) against ({c['variation']:.2f}, {c['accuracy']:.3f})"
+                   for v, c in zip(value, calibrated, strict=True)),
          verdict([v["variation"] <= c["variation"] + 0.02 and v["accuracy"] >= c["accuracy"] - 0.02
                   for v, c in zip(value, calibrated, strict=True)])],
         ["the paper's label-aware edit (an upper bound): ≥ 70 % turn", each([it.upper for it in found]),

@@ -22,6 +22,10 @@ from vesalius.train import read_recipe
 
 SYSTEM = "Codebook features"
 Row = tuple[str, str, str]
+SMALL_PUSH = (
+    "Forcing puts the topic's code in place of the weakest of eight in six of thirty MLPs. Where no topic word comes "
+    "either way the rate says little, and an unchanged perplexity says that the push is small."
+)
 TOPIC = r"(?i)\b(network|protocol|internet|packet|server|router|tcp|ip address)\w*"
 
 
@@ -232,7 +236,7 @@ def language(size: Size, rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Runs everything and writes docs/results/codebooks.md."""
+    """Runs everything and writes docs/results/look-inside-codebooks.md."""
     size = QUICK if is_quick(__doc__) else FULL
     RUNS.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
@@ -241,7 +245,7 @@ def main() -> None:
         return
     smollm2 = language(size, rows)
     write(
-        "codebooks",
+        "look-inside-codebooks",
         "Codebook features",
         "python studies/codebooks.py",
         "What the paper claims (Tamkin et al. 2023, arXiv 2310.17230), at small scale:",
@@ -250,9 +254,10 @@ def main() -> None:
         machine,
         "## SmolLM2-135M",
         smollm2,
+        SMALL_PUSH,
         seeds="one seed",
     )
-    look_inside(SYSTEM, rows, "python studies/codebooks.py", "codebooks")
+    look_inside(SYSTEM, rows, "python studies/codebooks.py", "look-inside-codebooks")
 
 
 if __name__ == "__main__":

@@ -197,13 +197,13 @@ def autoencoders(size: Size) -> str:
     head = ["place", "how", "explained", "on at once", "dead", "loss", "spliced", "mean-ablated", "zero-ablated"]
     return (
         f"`vesalius sae train --at PLACE HOW {common}`: {size.tokens:,} tokens, four passes.\n\n"
-        + table([*head, "won back (mean)", "won back (zero)", "training"], rows)
+        + table([*head, "recovered (mean)", "recovered (zero)", "training"], rows)
         + "\nThese are small: public SAEs read a thousand times as many tokens.\n"
     )
 
 
 def main() -> None:
-    """Runs everything and writes docs/results/dictionaries.md."""
+    """Runs everything and writes docs/results/look-inside-dictionaries.md."""
     size = QUICK if is_quick(__doc__) else FULL
     RUNS.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
@@ -213,7 +213,7 @@ def main() -> None:
     if size is QUICK:
         return
     write(
-        "dictionaries",
+        "look-inside-dictionaries",
         "Dictionaries: codes of heads, sparse autoencoders",
         "python studies/dictionaries.py",
         "What the paper on codes claims (O'Neill and Bui 2024, arXiv 2405.12522), and what came out:",
@@ -229,7 +229,7 @@ def main() -> None:
         third,
         seeds="seed 0",
     )
-    look_inside(SYSTEM, rows, "python studies/dictionaries.py", "dictionaries")
+    look_inside(SYSTEM, rows, "python studies/dictionaries.py", "look-inside-dictionaries")
 
 
 if __name__ == "__main__":

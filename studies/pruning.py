@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from _page import run, table, write
+from _page import changed, run, table, write
 from _runs import is_quick
 
 MODEL = "smollm2-135m"
@@ -33,7 +33,7 @@ def pruned(by: str, ratio: float, size: Size, more: str = "", seed: int = 0) -> 
     """The card of one pruning, by model and metric."""
     told = run(
         f"prune --model {MODEL} --by {by} --ratio {ratio:g} --card-rows {size.rows} --card-n 64 --rows 50 "
-        f"--seed {seed} --no-time {more}"
+        f"--seed {seed} --no-time --no-control {more}"
     )
     return pd.DataFrame(told["card"]).set_index(["model", "metric"])
 
@@ -109,7 +109,8 @@ def speed(size: Size) -> tuple[str, list[list[str]]]:
     rows, claims = [], []
     for ratio in size.ratios:
         told: dict[str, Any] = run(
-            f"prune --model {MODEL} --by amp --ratio {ratio:g} --card-rows 2 --card-n 4 --card-tasks ioi --rows 50"
+            f"prune --model {MODEL} --by amp --ratio {ratio:g} --card-rows 2 --card-n 4 --card-tasks ioi --rows 50 "
+            "--no-control"
         )
         card = pd.DataFrame(told["card"]).set_index(["model", "metric"])
         prefill, decode, size_bytes = (card.loc[("pruned", m), "change"] for m in ("prefill", "decode", "bytes"))
@@ -127,13 +128,14 @@ def main() -> None:
         return
     second, more = recovery(size)
     third, most = speed(size)
+    every = [*claims, *more, *most]
     write(
         NAME,
         "Change: pruning",
         "python studies/pruning.py",
         f"{MODEL}, whole blocks' weights taken out evenly; plain text of FOLDOC that no ranking has read, "
         f"{size.rows} rows of 128 tokens; 64 prompts of each task. Intervals are 95 %, of the change over rows.",
-        table(["asked", "came out", ""], [*claims, *more, *most]),
+        table(["asked", "came out", ""], every),
         "## Which ranking",
         first,
         "## Recovery",
@@ -142,6 +144,7 @@ def main() -> None:
         third,
         seeds=f"seeds {', '.join(map(str, size.seeds))} of chance",
     )
+    changed("AMP", every, "python studies/pruning.py", NAME)
 
 
 if __name__ == "__main__":

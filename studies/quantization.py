@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import pandas as pd
-from _page import ROOT, RUNS, table, write
+from _page import ROOT, RUNS, changed, table, write
 
 import vesalius
 from vesalius.change.llm_int8 import outlier_tables
@@ -109,6 +109,8 @@ def main() -> None:
     if speeds:
         body.append(SPEED + table(["model", "numbers", "reading 256", "writing one"], speeds))
     write("change-quantization", "Change: quantization", "python studies/quantization.py", *body)
+    if not left:
+        changed("LLM.int8()", claims, "python studies/quantization.py", "change-quantization")
 
 
 def verdict(holds: bool) -> str:
