@@ -29,8 +29,8 @@ help: ## list the targets
 demo: $(BASE) ## find and prove the indirect-object circuit of a 135M model, and leave a report
 	$(VENV)/bin/vesalius $(DEMO)
 
-test: $(DEV) ## run the tests (TESTS="tests/tasks -k ioi" for some)
-	$(PY) -m pytest $(TESTS)
+test: $(DEV) ## run the tests (TESTS="tests/tasks -k ioi" for some), a process a core and four at most
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile $(TESTS)
 
 check: lint types docs test ## all that CI does
 
@@ -57,8 +57,9 @@ bench: $(DEV) ## time the bench against a plain hook loop, the trainer against a
 	$(PY) -m bench.optimizers
 	$(PY) -m bench.heads
 	$(PY) -m bench.lens
+	$(PY) -m bench.changes --environments $(PEERS)
 
-bench-peers: $(DEV) $(PEERS)/transformer-lens/.done $(PEERS)/nnsight/.done ## time other libraries on the same work, each in its own environment
+bench-peers: $(DEV) $(PEERS)/transformer-lens/.done $(PEERS)/nnsight/.done $(PEERS)/mergekit/.done ## time other libraries on the same work, each in its own environment
 	$(PY) -m bench.peers --environments $(PEERS) $(BENCH)
 
 studies: $(DEV) ## measure again everything docs/results/ states

@@ -27,7 +27,7 @@ from bench.table import markdown
 from vesalius.find.detectors import HeadContext, detect
 from vesalius.find.detectors.base import ask
 from vesalius.find.detectors.looks import Look, by_row
-from vesalius.find.detectors.needles import EXTRA, RECALL, TOKENS, make_needles, recall
+from vesalius.find.detectors.needles import EXTRA, RECALL, make_needles, recall
 from vesalius.find.detectors.ngrams import ORDERS
 from vesalius.find.detectors.repeats import looks_on_repeats
 from vesalius.find.detectors.retrieval import hits, of_needles
@@ -85,7 +85,7 @@ def plain(model: Model) -> Result:
 def plain_needles(model: Model) -> list[float]:
     """By `generate`, whose attentions cover the prompt too."""
     scores = []
-    for needle in make_needles(model, NEEDLES, (LENGTH,), corpus=TOKENS):
+    for needle in make_needles(model, NEEDLES, (LENGTH,)):
         ids = torch.tensor([needle.ids]).to(model.device)
         steps = len(needle.answer) + EXTRA
         out: Any = model.hf.generate(
@@ -103,7 +103,7 @@ def shared(model: Model) -> Result:
     """All of them by `detect`, and needles by the detector's own decoding."""
     found = detect(model, [*REPEATS, *NGRAMS])
     result = {name: scores.values.tolist() for name, scores in found.scores.items()}
-    needles = make_needles(model, NEEDLES, (LENGTH,), corpus=TOKENS)
+    needles = make_needles(model, NEEDLES, (LENGTH,))
     result["retrieval"] = of_needles(model, needles, HeadContext()).values.tolist()
     return result
 

@@ -36,7 +36,8 @@ ENGINES = {
     "vesalius": "Vesalius, whole vocabulary",
     "estimate": "Vesalius as it comes (4096 words)",
 }
-LR, DECAY, WARM_UP, SHOWN = 1e-3, 1e-3, 1, 20_000  # ids drawn below SHOWN, where every vocabulary has words
+LR, BETAS, DECAY, WARM_UP = 1e-3, (0.9, 0.999), 1e-3, 1
+SHOWN = 20_000  # ids drawn below SHOWN, where every vocabulary has words
 
 
 @dataclass
@@ -73,7 +74,7 @@ def plain(model: Any, source: Rows, steps: int) -> Callable[[int], float]:
     matrices = [p for p in maps.parameters() if p.dim() > 1]
     vectors = [p for p in maps.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, lr=LR, fused=True)
+    adam = torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True)
 
     def step(number: int) -> float:
         ids = torch.from_numpy(source.batch(number).ids[:, :-1].copy()).to(model.device)
@@ -103,7 +104,7 @@ def ours(model: Any, source: Rows, steps: int, words: int | None) -> Callable[[i
     lens = TunedLens.for_model(model)
     reader = Reader(lens, model)
     objective = objective_for(reader, source.rows * source.length, words)
-    optimizer = make_optimizer("adamw", lens, lr=LR, weight_decay=DECAY)
+    optimizer = make_optimizer("adamw", lens, lr=LR, betas=BETAS, weight_decay=DECAY)
     trainer = Trainer(reader, source, objective, optimizer, clip=None, world=World.single(model.device))
     return lambda number: trainer.step().loss / model.n_layers
 

@@ -209,7 +209,7 @@ def metrics() -> str:
 
 def models() -> str:
     """Models that open by a short name."""
-    from vesalius.model.opening import DEFAULT_MODEL
+    from vesalius.defaults import DEFAULT_MODEL
     from vesalius.model.sources.catalogue import catalogue
 
     rows = [
