@@ -28,7 +28,7 @@ class Size(NamedTuple):
 
 
 STRENGTHS = (0.1, 0.3, 1.0, 3.0)
-FULL = Size(5000, 500, 200)
+FULL = Size(5000, 500, 400)
 QUICK = Size(30, 20, 0)
 
 
@@ -156,8 +156,7 @@ def _by_part(found: dict[str, Any]) -> pd.Series:
 
 def smollm2(size: Size) -> tuple[list[str], list[list[Any]]]:
     """The default model, as many steps as a laptop makes in twenty minutes."""
-    options = f"--corpus bible-kjv --steps {size.smollm2} --rows 2 --length 64 --strength 1000 --lr 0.02 --check 4"
-    options += " --last-beta 500"
+    options = f"--corpus bible-kjv --steps {size.smollm2} --rows 2 --length 64 --strength 100 --lr 0.02 --check 4"
     found = run(f"subnetwork {options} --controls 1")
     means, parts = variants(found), _by_part(found)
     share, dense = float(found["share"]), float(found["first_mlp"])
