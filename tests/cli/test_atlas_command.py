@@ -47,3 +47,8 @@ def test_the_page_names_the_planted_heads_and_the_commands_behind_it(
 )
 def test_nonsense_is_refused_before_anything_is_measured(given: list[str], said: str) -> None:
     assert said in vesalius("atlas", *given).error
+
+
+def test_what_a_command_refuses_is_said_once(mover: Path, tmp_path: Path) -> None:
+    asked = ("atlas", "--model", mover, "--tasks", mover / "ioi.jsonl", "--n", "100000", "--out", tmp_path)
+    assert "100000" in vesalius(*asked).error

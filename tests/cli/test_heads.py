@@ -119,6 +119,7 @@ def test_a_listing_has_every_detector_with_its_parameters() -> None:
             "induction.rows is 0; give a number above 0",
         ),
         (("--detectors", "copying", "--detector-set", "copying.top=-1"), "copying.top is -1.0; give a number above 0"),
+        (("--detectors", "induction", "--detector-set", "induction.length=17"), "reads 32; give 16 or less"),
         (("--detectors", "retrieval", "--task", "none"), "reads 32 tokens and a prompt of 256"),
         (("--detectors", "successor", "--task", "none"), "successor heads cannot be asked for here"),
     ],

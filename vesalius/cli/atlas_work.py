@@ -18,8 +18,7 @@ from vesalius.records import write_atomic
 from vesalius.report.atlas import Section, agreement, circuits, closely, needed, page, roles
 from vesalius.runs import Run
 
-TASKS_DEFAULT = "ioi,greater-than,successor,induction,capital"
-EXIT_REFUSED = 2
+EXIT_REFUSED, ERROR = 2, "error: "
 OPENING = """
 What the heads of this model do, by which evidence, and which of them the model needs for which task. Every part of the
 page stands under the commands that measured it; each leaves a run with a report of its own.
@@ -66,15 +65,16 @@ class Atlas:
             assert process.stderr is not None
             last = ""
             try:
-                for line in process.stderr:  # its progress is ours
+                for line in process.stderr:  # its progress is ours, and its last word is told by who asked
                     last = line.strip() or last
-                    sys.stderr.write(line)
+                    if not line.startswith(ERROR):
+                        sys.stderr.write(line)
             except BaseException:
                 process.terminate()
                 raise
             code = process.wait()
             if code == EXIT_REFUSED:
-                raise Refused(last.removeprefix("error: "))
+                raise Refused(last.removeprefix(ERROR))
             if code:
                 raise VesaliusError(f"'{said}' ended with {code}: {last[:300]}")
             result.seek(0)
@@ -110,6 +110,7 @@ class Atlas:
                 command, run = self.run(["circuit", "--task", task, *self.common()])
             except Refused as why:
                 refused[task] = str(why)
+                self.screen.note(f"{task}: {why}", style="yellow")
                 continue
             commands.append(command)
             found.append(needed(task, run))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vesalius.errors import VesaliusError
 from vesalius.find.detectors.base import NotHere
-from vesalius.find.detectors.stimuli import longest, usable_tokens
+from vesalius.find.detectors.stimuli import usable_tokens
 from vesalius.model import Model, Site
 from vesalius.model.hooks import Hooks, Tap
 from vesalius.model.memory import memory_errors
@@ -81,8 +81,8 @@ def make_needles(
     if n < 1 or not lengths or not depths or not all(0 <= d <= 1 for d in depths):
         raise VesaliusError(f"{n} needles at depths {list(depths)} and lengths {list(lengths)}; give 1 or more, 0 to 1")
     for length in lengths:
-        if longest(model, length + 1) < length:
-            most = longest(model, length)
+        most = model.n_positions or length
+        if most < length:
             raise NotHere(f"{model.name} reads {most} tokens and a prompt of {length} was asked for; give shorter ones")
     rng = np.random.default_rng([seed, n, 11])
     made = _of_tokens(model, rng) if corpus == TOKENS else _of_text(model, corpus, rng)

@@ -23,9 +23,21 @@ SYMBOLS = 12  # of a row's own
 BRANCHES = 3  # symbols that may follow one
 
 
-def longest(model: Model, wanted: int) -> int:
-    """The length wanted, or as much of it as the model has positions for."""
-    return min(wanted, model.n_positions or wanted)
+def fitting(model: Model, wanted: int, usual: int, times: int = 1) -> int:
+    """The tokens of a row: those wanted; the usual number is cut to the model's positions.
+
+    Args:
+        times: the row holds as many of them one after another.
+
+    Raises:
+        VesaliusError: if another number was asked for than usual, and it does not fit.
+    """
+    room = (model.n_positions or times * wanted) // times
+    if wanted > room and wanted != usual:
+        raise VesaliusError(
+            f"a length of {wanted} was asked for and {model.name} reads {times * room}; give {room} or less"
+        )
+    return min(wanted, room)
 
 
 def n_tokens(model: Model) -> int:
@@ -46,7 +58,7 @@ def repeated(model: Model, seed: int, rows: int = REPEATED_ROWS, length: int = R
     Special tokens are left out; where the vocabulary is smaller than the row, tokens come more than once in a half.
     """
     usable = usable_tokens(model)
-    length = max(2, longest(model, 2 * length) // 2)
+    length = max(2, fitting(model, length, REPEATED_LENGTH, 2))
     rng = np.random.default_rng([seed, n_tokens(model), length])
     drawn = [rng.choice(usable, length, replace=len(usable) < length) for _ in range(rows)]
     half = torch.from_numpy(np.stack(drawn))
@@ -76,7 +88,7 @@ def strings(model: Model, seed: int, rows: int = STRING_ROWS, length: int = STRI
     symbols = min(SYMBOLS, len(usable))
     if symbols < 3:
         raise VesaliusError(f"{model.name} has {len(usable)} tokens beside special ones; n-grams need at least 3")
-    length, branches = longest(model, length), min(BRANCHES, symbols - 1)
+    length, branches = fitting(model, length, STRING_LENGTH), min(BRANCHES, symbols - 1)
     rng = np.random.default_rng([seed, len(usable), length, 7])
     ids = np.empty((rows, length), dtype=np.int64)
     for row in range(rows):
