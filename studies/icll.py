@@ -36,7 +36,6 @@ QUICK = Size(
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer": ("icll", {}),
     "LSTM": ("icll", {f"{SHAPE}mixers": "lstm"}),
-    "LSTM, three layers": ("icll", {f"{SHAPE}mixers": "lstm", f"{SHAPE}layers": 3}),
     "LSTM with n-gram heads": ("icll-ngram", {}),
 }
 TEXT: dict[str, Any] = {

@@ -50,7 +50,9 @@ def _chosen(summary: dict[str, Any]) -> Section:
     it = summary["bias"]
     data = pd.DataFrame({"letter": list(summary["letters"]), "share": it["chosen"], "what": "after"})
     data = data.assign(low=float("nan"), high=float("nan"))
-    chart = charts.bars(data, "share", "letter", "Share of questions with each letter chosen", (0.0, 1.0), step=26)
+    chart = charts.bars(
+        data, "share", "letter", "Share of questions with each letter chosen", (0.0, 1.0), 26, 1 / it["choices"]
+    )
     read = (
         f"the right option stands at each place equally often, so an even choice is {number(1 / it['choices'])} each. "
         f"Of the questions whose right option is not at A, {percent(it['anchored'])} get A."
@@ -79,7 +81,15 @@ def _repairs(run: Run, summary: dict[str, Any]) -> Section:
     none = data.assign(low=float("nan"), high=float("nan"))
     blocks: list[Any] = [
         charts.bars(none, "variation", "condition", "Total variation from an even choice", (0.0, 1.0), step=24),
-        charts.bars(data, "accuracy", "condition", "Share answered rightly by letter", (0.0, 1.0), step=24),
+        charts.bars(
+            data,
+            "accuracy",
+            "condition",
+            "Share answered rightly by letter",
+            (0.0, 1.0),
+            24,
+            1 / summary["bias"]["choices"],
+        ),
         tables.frame_table(found[["condition", "variation", "accuracy", "low", "high", "text"]], shown=20),
     ]
     read = (

@@ -264,9 +264,18 @@ def pattern(part: str, tokens: Sequence[str], matrix: Sequence[Sequence[float]],
 
 
 def bars(
-    table: pd.DataFrame, x: str, y: str, title: str, limits: tuple[float, float] | None = None, step: int = 30
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    title: str,
+    limits: tuple[float, float] | None = None,
+    step: int = 30,
+    chance: float | None = None,
 ) -> Chart:
-    """Horizontal bars with intervals: columns `y` (label), `x`, `low`, `high`, `what` (blue or grey)."""
+    """Horizontal bars with intervals: columns `y` (label), `x`, `low`, `high`, `what` (blue or grey).
+
+    `chance`: a dashed line there.
+    """
     kinds = list(dict.fromkeys(table["what"]))
     palette = {"control": CONTROL, "before": "#9cc0e4", "after": POSITIVE}
     colors = [palette.get(k, POSITIVE) for k in kinds]
@@ -280,7 +289,12 @@ def bars(
         color=alt.Color("what:N", scale=alt.Scale(domain=kinds, range=colors)).legend(None),
     )
     whisker = base.mark_rule(stroke=INK, strokeWidth=1.6).encode(x="low:Q", x2="high:Q")
-    chart = alt.layer(bar, whisker).properties(width="container", height=step * len(table))
+    layers = [bar, whisker]
+    if chance is not None:
+        line = alt.Chart(pd.DataFrame({x: [chance]})).encode(x=f"{x}:Q", tooltip=alt.value(f"chance: {chance:.3g}"))
+        layers.append(line.mark_rule(stroke=INK, strokeOpacity=0.7, strokeDash=[4, 3]))
+        title += f" (dashed: chance, {chance:.3g})"
+    chart = alt.layer(*layers).properties(width="container", height=step * len(table))
     return Chart(_spec(chart), title, title)
 
 
@@ -298,6 +312,20 @@ def scatter(table: pd.DataFrame, x: str, y: str, titles: tuple[str, str], label:
     )  # fmt: skip
     chart = alt.layer(line.encode(x=f"{x}:Q", y=f"{y}:Q"), points).properties(width="container", height=330)
     return Chart(_spec(chart), f"{titles[1]} against {titles[0]}")
+
+
+def shares(table: pd.DataFrame, x: str, y: str, titles: tuple[str, str], label: str) -> Chart:
+    """A histogram over shares of anything, on a logarithmic axis in per cent: bins by their middles."""
+    decades = [10.0**k for k in range(-7, 1)]
+    base = alt.Chart(table).encode(
+        x=alt.X(f"{x}:Q", title=titles[0], scale=alt.Scale(type="log", nice=False)).axis(
+            grid=False, values=decades, format="~%"
+        ),
+        y=alt.Y(f"{y}:Q", title=titles[1]).axis(grid=True, tickCount=6),
+        tooltip=[alt.Tooltip(x, format=".2~%"), y],
+    )
+    marks = (base.mark_line(strokeWidth=2, stroke=POSITIVE), base.mark_circle(size=26, color=POSITIVE, opacity=1))
+    return Chart(_spec(alt.layer(*marks).properties(width="container", height=260)), label)
 
 
 def dots(table: pd.DataFrame, x: str, y: str, titles: tuple[str, str], label: str) -> Chart:

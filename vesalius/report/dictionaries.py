@@ -81,11 +81,11 @@ def _density(run: Run) -> Section:
     alive = np.log10(found.loc[found["density"] > 0, "density"].to_numpy(float))
     edges = np.arange(np.floor(alive.min() * SHARES) / SHARES, 0.1, 1 / SHARES)
     counts, _ = np.histogram(alive, np.append(edges, edges[-1] + 1 / SHARES))
-    table = pd.DataFrame({"share": (edges + 0.5 / SHARES).round(3), "features": counts})
-    chart = charts.lines(table, "share", "features", ("log10 of the share of tokens", "features"), title, points=True)
+    table = pd.DataFrame({"share": 10 ** (edges + 0.5 / SHARES), "features": counts})
+    chart = charts.shares(table, "share", "features", ("share of tokens it fires on", "features"), title)
     dead = int((found["density"] == 0).sum())
     read = (
-        f"−2 is one token in a hundred. {dead:,} of {len(found):,} features fire on none of these tokens and are left "
+        f"{dead:,} of {len(found):,} features fire on none of these tokens and are left "
         "out. A bump far to the right is of features that are on nearly everywhere and say little."
     )
     return Section(title, [chart], read)
