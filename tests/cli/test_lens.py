@@ -188,6 +188,7 @@ def test_wrong_use_is_one_line(trained: Outcome, random_llama: Path, mover: Path
         (("train", *on, "--corpus", text, "--optimizer", "adamm"), "did you mean 'adamw'"),
         (("basis", *on, "--corpus", text, "--lens", "logit", "--layer", "L2"), "layer 2 has no causal basis"),
         (("basis", *on, "--corpus", text, "--lens", "logit", "--layer", "top"), "names no layer"),
+        (("basis", *on, "--corpus", text, "--lens", "logit", "--rows", "10000000"), "and --rows is 10000000"),
         (("basis", *on, "--corpus", text, "--lens", "logit", "--ablation", "meen"), "did you mean 'mean'"),
         (("anomaly", *on, "--normal", tmp_path / "none.txt", "--test", text), "none.txt"),
         (("anomaly", *on, "--normal", text, "--test", text, "--detector", "lo"), "anomaly detector 'lo'"),

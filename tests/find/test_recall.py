@@ -191,7 +191,11 @@ def test_bad_relations_models_and_files_are_refused(model: Model, truth: Planted
         take_apart(tiny("bert"), "the capital of France is")
     with pytest.raises(ModelError, match="norms the stream"):
         take_apart(tiny("opt-350m"), "the capital of France is")
-    for text, told in (("a,b\n1,2\n", "lacks column answer and topic"), ("topic,answer\n", "holds no facts")):
+    for text, told in (
+        ("a,b\n1,2\n", "lacks column answer and topic"),
+        ("topic,answer\n", "holds no facts"),
+        ("topic,answer\nFrance,Paris\n", "facts of one answer"),
+    ):
         (tmp_path / "f.csv").write_text(text)
         with pytest.raises(TaskError, match=told):
             facts_file(tmp_path / "f.csv")

@@ -166,6 +166,11 @@ def basis(
         order = Order(
             store_of(o.listed(corpus), opened.tokenizer, lambda t: tell(t, None)), length, rows, seed, tail="drop"
         )
+    if rows > order.rows_per_epoch:
+        raise VesaliusError(
+            f"{corpus} holds {order.rows_per_epoch} rows of {length} tokens, and --rows is {rows}; give fewer rows, or "
+            "more text"
+        )
     request = {
         "command": "lens-basis",
         "model": opened.name,

@@ -126,8 +126,9 @@ def facts_file(path: Path | str) -> Relation:
             raise TaskError(f"{path.name} line {number}: no {'answer' if topic else 'topic'}; give both")
         if rows.setdefault(topic, answer) != answer:
             raise TaskError(f"{path.name} line {number}: '{topic}' has another answer further up; decide for one")
-    if not rows:
-        raise TaskError(f"{path} holds no facts; write one a line, such as France,Paris")
+    if len(set(rows.values())) < 2:
+        count = "no facts" if not rows else "facts of one answer"
+        raise TaskError(f"{path} holds {count}, and a wrong answer is another fact's; write more, such as France,Paris")
     return Relation(path.stem, rows, ())
 
 
