@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, drawn, set_threads, staged, typed
+from vesalius.cli.console import Screen, drawn, staged, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -18,7 +19,7 @@ PANEL = "Questions"
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("anchor")(anchor)
+    app.command("anchor")(g.expanded(anchor))
 
 
 def _asked(*names: str, help: str, **more: Any) -> Any:
@@ -43,15 +44,9 @@ def anchor(
     save: Annotated[
         Path | None, typer.Option("--save", help="Write the repaired model there, an ordinary checkpoint.")
     ] = None,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Multiple choice: does the model choose the option, or the letter A whatever it stands for?
 
@@ -63,11 +58,10 @@ def anchor(
     from vesalius.find.anchored import LETTERS, draw, examine, place, read
     from vesalius.model.saving import new_folder
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     if questions is not None:
         pool = read(questions)
-        rng = random.Random(f"choice/{seed}")
+        rng = random.Random(f"choice/{where.seed}")
         rng.shuffle(pool)
         if len(pool) < dev + n:
             n = len(pool) - dev
@@ -75,8 +69,8 @@ def anchor(
             raise VesaliusError(f"{questions} has {len(pool)} questions, and --dev {dev} leaves none to measure on")
         asked = place(pool[: dev + n], rng)
     else:
-        asked = draw(dev + n, source, choices, seed)
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+        asked = draw(dev + n, source, choices, where.seed)
+    opened = machine.opened(screen, model)
     text = plain_text(opened, corpus, length=length)
     request = {
         "command": "anchor",
@@ -90,15 +84,15 @@ def anchor(
         "n": n,
         "neurons": neurons,
         "text": text.tolist(),
-        "seed": seed,
+        "seed": where.seed,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             if save is not None:
                 new_folder(save)
             with staged(run, screen) as step:
-                found = examine(opened, asked[:dev], asked[dev:], text, neurons=neurons, seed=seed, step=step)
+                found = examine(opened, asked[:dev], asked[dev:], text, neurons=neurons, seed=where.seed, step=step)
             run.save_scores("direct", found.diagnosis.scores)
             run.save_table("repairs", found.repairs)
             run.save_array("edit", change=found.edit.change.numpy())

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, drawn, set_threads, typed
+from vesalius.cli.console import Screen, drawn, typed
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.runs import Run
 
@@ -21,7 +22,7 @@ DOCUMENT_BOUND = 0.1  # of the mean lean of texts, from -1 to 1, below which gro
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("bias")(bias)
+    app.command("bias")(g.expanded(bias))
 
 
 def bias(
@@ -60,15 +61,9 @@ def bias(
     statistics: Annotated[
         Path | None, typer.Option(help="With --pronouns: a .csv/.jsonl file with occupation, share_female.")
     ] = None,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Audit a model, its suggestions and texts for bias.
 
@@ -79,8 +74,7 @@ def bias(
     from vesalius.features.bias import labour_statistics, tests
     from vesalius.features.vectors import Reading
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     known = tests(words)
     chosen = _tests(weat, known, words is not None, model is not None or not corpus)
     wants_model = bool(chosen) or suggestions is not None or pronouns
@@ -100,7 +94,7 @@ def bias(
         raise VesaliusError("there is nothing to audit; give --weat, --corpus, --suggestions or --pronouns")
     opened = None
     if wants_model:
-        opened = o.opened(screen, model or o.MODEL_DEFAULT, dtype, device, device_map, trust_remote_code)
+        opened = machine.opened(screen, model or o.MODEL_DEFAULT)
     request = {
         "command": "bias",
         "model": opened.name if opened else None,
@@ -114,19 +108,19 @@ def bias(
         "suggestions": suggestions,
         "pronouns": pronouns,
         "statistics": shares,
-        "seed": seed,
-        "dtype": dtype,
+        "seed": where.seed,
+        "dtype": machine.dtype,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             lines: list[str] = []
             if chosen:
-                _associations(screen, run, opened, list(asked.values()), reading, profile, seed, lines)
+                _associations(screen, run, opened, list(asked.values()), reading, profile, where.seed, lines)
             if texts:
-                _corpora(screen, run, texts, context, percentile, seed, lines)
+                _corpora(screen, run, texts, context, percentile, where.seed, lines)
             if suggestions is not None:
-                _suggestions(screen, run, opened, suggestions, seed, lines)
+                _suggestions(screen, run, opened, suggestions, where.seed, lines)
             if pronouns:
                 _pronouns(screen, run, opened, shares, lines)
             told = {"model": request["model"], "lead": " ".join(lines), "notes": _notes(run), "command": command}

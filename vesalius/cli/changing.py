@@ -13,7 +13,8 @@ import typer
 
 from vesalius import checkpoints
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
+from vesalius.cli.console import Screen, conclude, drawn, typed
+from vesalius.cli.groups import Threaded
 from vesalius.errors import TaskError, VesaliusError
 from vesalius.runs import Run
 
@@ -86,17 +87,11 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Machine(Threaded):
     """Options of what the model is computed on, and whether its code is trusted."""
 
     device: o.Device = None
     trust_remote_code: o.Trust = False
-    threads: o.Threads = None
-
-    def screen(self, as_json: bool) -> Screen:
-        """Where the command says what it does; its threads are set."""
-        set_threads(self.threads)
-        return Screen(as_json)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
+from vesalius.cli.console import Screen, conclude, drawn, typed
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.parts import Edge, parse_part
 from vesalius.runs import Run
@@ -21,7 +22,7 @@ SHOWN = 8  # edges whose components are kept one by one, and whose effect is mea
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("channels")(channels)
+    app.command("channels")(g.expanded(channels))
 
 
 def channels(
@@ -44,30 +45,23 @@ def channels(
     wrong: Annotated[str, typer.Option("--wrong", help="Position of the task it should not look at.")] = "S2",
     n: o.Number = None,
     task_set: o.TaskSet = None,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
     memory: o.Memory = o.MEMORY_DEFAULT,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Find the channels between heads: single components of one head's output that another head reads.
 
     Every head's output matrix is taken apart into components, and each is scored by how much of a later head's query,
     key or value input lies along it (composition scores). No text is read unless --task asks what the channels do.
     """
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     o.check_memory(memory)
     if kind not in KINDS:
         raise UnknownName("kind of composition", kind, KINDS)
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    opened = machine.opened(screen, model)
     sending, receiving = (_named(opened, text) for text in (senders, receivers))
-    made = None if task is None else o.task_of(task, n, seed, task_set, default_n=32)
+    made = None if task is None else o.task_of(task, n, where.seed, task_set, default_n=32)
     pairs = None if made is None else made.pairs(opened, require_single=True)
     for name in () if pairs is None else (right, wrong):
         if name not in pairs.positions:  # type: ignore[union-attr]
@@ -85,11 +79,11 @@ def channels(
         "task": task,
         "task_fingerprint": made.fingerprint if made else None,
         "places": [right, wrong] if made else None,
-        "seed": seed,
-        "dtype": dtype,
+        "seed": where.seed,
+        "dtype": machine.dtype,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             _study(screen, run, request, opened, pairs, memory, command)
     drawn(screen, run)

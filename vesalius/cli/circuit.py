@@ -9,8 +9,9 @@ import pandas as pd
 import typer
 from pydantic import ValidationError
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, drawn, estimate, set_threads, settings, typed
+from vesalius.cli.console import Screen, drawn, estimate, settings, typed
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.runs import Run
 
@@ -20,7 +21,7 @@ ABLATIONS = ("counterfactual", "mean", "resample", "zero")
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("circuit")(circuit)
+    app.command("circuit")(g.expanded(circuit))
 
 
 def circuit(
@@ -63,16 +64,10 @@ def circuit(
     task_set: o.TaskSet = None,
     min_accuracy: Annotated[float, typer.Option(help="Below this accuracy the command stops unless --anyway.")] = 0.7,
     anyway: Annotated[bool, typer.Option("--anyway", help="Go on although the model cannot do the task.")] = False,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
     memory: o.Memory = o.MEMORY_DEFAULT,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Find the circuit of a task and prove it on held-out prompts.
 
@@ -82,8 +77,7 @@ def circuit(
     """
     from vesalius.cli.circuit_study import CircuitRequest, CircuitStudy
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     level = "edge" if method == "acdc" and level == "node" else level
     chosen = _method_options(method, level, direction, steps, budget, position, method_set)
     wanted = _ablations(ablations)
@@ -91,8 +85,8 @@ def circuit(
     o.check_memory(memory)
     if not 0 <= min_accuracy <= 1:
         raise VesaliusError(f"--min-accuracy {min_accuracy:g} is no accuracy; give a number from 0 to 1")
-    made = o.task_of(task, n, seed, task_set, default_n=32)
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    made = o.task_of(task, n, where.seed, task_set, default_n=32)
+    opened = machine.opened(screen, model)
     finding, proving = made.halves()
     if prove_n is not None:
         proving = finding.held_out(prove_n)
@@ -113,8 +107,8 @@ def circuit(
             target=target,
             max_heads=max_heads if max_heads is not None else 1.0 if level == "edge" else 0.25,
             ablations=wanted,
-            seed=seed,
-            dtype=dtype,
+            seed=where.seed,
+            dtype=machine.dtype,
             pairs_fingerprints=[pairs.fingerprint, held_out.fingerprint],
         )
     except ValidationError as error:
@@ -123,7 +117,7 @@ def circuit(
             f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}, not {first['input']!r}"
         ) from None
     command = typed()
-    with Run.start({"command": "circuit", **request.model_dump()}, out, fresh, command) as run:
+    with Run.start({"command": "circuit", **request.model_dump()}, where.out, where.fresh, command) as run:
         if not run.done:
             if run.status.get("attempts", 1) > 1:
                 screen.note(f"going on with {run.folder}")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
 from vesalius.errors import VesaliusError
@@ -23,7 +24,7 @@ Folder = Annotated[str, typer.Argument(help="A run of `codebook train`.")]
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
     group = typer.Typer(help="Codebook features: train, show, steer.", no_args_is_help=True)
-    group.command("train")(train)
+    group.command("train")(g.expanded(train))
     group.command("show")(show)
     group.command("steer")(steer)
     app.add_typer(group, name="codebook")
@@ -48,15 +49,9 @@ def train(
     data_set: Annotated[
         list[str] | None, typer.Option("--data-set", help="KEY=VALUE, repeatable: an option of a synthetic corpus.")
     ] = None,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Fine-tune a model with codebooks in it: its hidden states become means of few codes.
 
@@ -66,10 +61,9 @@ def train(
     from vesalius.cli.console import settings
     from vesalius.features.codebooks import CodebookRecipe, train_codebooks
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     recipe = CodebookRecipe(
-        size=size, k=k, steps=steps, rows=rows, length=length, lr=lr, every=every, plain=plain, seed=seed
+        size=size, k=k, steps=steps, rows=rows, length=length, lr=lr, every=every, plain=plain, seed=where.seed
     )
     options: dict[str, Any] = {}
     if corpus.startswith("synthetic:"):
@@ -79,13 +73,13 @@ def train(
         options = settings(data_set or [], SYNTHETIC.get(name).defaults, f"synthetic corpus {name}")
     elif data_set:
         raise VesaliusError("--data-set is for a synthetic corpus, as --corpus synthetic:fsm --data-set states=30")
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    opened = machine.opened(screen, model)
     source: Any = corpus if corpus.startswith("synthetic:") else o.listed(corpus)
     command = typed()
     with screen.step("training codebooks") as tell:
         places = o.listed(at)
         folder = train_codebooks(
-            opened, places, source, recipe, out=out, fresh=fresh, command_line=command, tell=tell, **options
+            opened, places, source, recipe, out=where.out, fresh=where.fresh, command_line=command, tell=tell, **options
         )
     run = Run.open(folder)
     drawn(screen, run)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
+from vesalius.cli.console import Screen, conclude, drawn, typed
 from vesalius.runs import Run
 
 SHOWN = 12  # heads in the terminal's table
@@ -17,7 +18,7 @@ SHOWN = 12  # heads in the terminal's table
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("codes")(codes)
+    app.command("codes")(g.expanded(codes))
 
 
 def codes(
@@ -40,15 +41,9 @@ def codes(
     position: Annotated[
         str | None, typer.Option(help="A named position of the task; where the answer is read by default.")
     ] = None,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Which heads take on codes that they never show where the task cannot be solved.
 
@@ -59,13 +54,12 @@ def codes(
     from vesalius.features.dictionaries.codes import codes_of, head_vectors, heads_of, places_of, rows_of
     from vesalius.find.base import find
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     items = list(task_set or [])
     if task == "ioi" and not any(i.startswith("corruption") for i in items):
         items.append("corruption=abc")
-    made = o.task_of(task, n, seed, items, default_n=10)
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    made = o.task_of(task, n, where.seed, items, default_n=10)
+    opened = machine.opened(screen, model)
     pairs = made.pairs(opened)
     settings: dict[str, Any] = {
         "features": features,
@@ -84,21 +78,23 @@ def codes(
         "prompts": pairs.fingerprint,
         **settings,
         "count": count,
-        "seed": seed,
-        "dtype": dtype,
+        "seed": where.seed,
+        "dtype": machine.dtype,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             with screen.step("reading heads") as progress:
-                scores = find("sae-codes", opened, pairs, seed=seed, progress=progress, count=count, **settings)
+                scores = find("sae-codes", opened, pairs, seed=where.seed, progress=progress, count=count, **settings)
                 plain = find("activation-difference", opened, pairs, of=of, position=position)
             run.save_scores("scores", scores)
             run.save_scores("baseline", plain)
             rows = rows_of(pairs)
             places = places_of(pairs, position, rows)
             sides = [head_vectors(opened, pairs, side, of, places, rows) for side in ("clean", "corrupted")]  # type: ignore[arg-type]
-            one = codes_of(heads_of(opened), *sides, features=features, l1=l1, steps=steps, seeds=range(1), seed=seed)
+            one = codes_of(
+                heads_of(opened), *sides, features=features, l1=l1, steps=steps, seeds=range(1), seed=where.seed
+            )
             run.save_table("codes", one.to_frame())
             tokenizer = opened.tokenizer
             texts = [[tokenizer.decode(ids[m.bool()]) for ids, m in zip(side[rows], pairs.mask[rows], strict=True)]

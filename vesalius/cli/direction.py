@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, drawn, set_threads, typed
+from vesalius.cli.console import Screen, drawn, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -20,7 +21,7 @@ DEFAULT_MODEL, DEFAULT_METHOD = "minilm", "pca"
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("direction")(direction)
+    app.command("direction")(g.expanded(direction))
 
 
 def direction(
@@ -64,15 +65,9 @@ def direction(
     ] = False,
     save: Annotated[Path | None, typer.Option(help="Keep the axis as PATH.safetensors and PATH.json.")] = None,
     permutations: Annotated[int, typer.Option(min=0, max=100_000, help="Shuffles of the labels, for p.")] = 200,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Find the direction of a concept, say how good it is, and use it.
 
@@ -85,8 +80,7 @@ def direction(
     from vesalius.features.directions import AXES, Axis
     from vesalius.features.vectors import Reading, default_reading, layer_of
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     AXES.entry(method or DEFAULT_METHOD)
     if layer is not None and reading is not None:
         raise VesaliusError("--layer and --reading both say where to read; give one of them")
@@ -99,9 +93,7 @@ def direction(
                 raise VesaliusError(f"{concept} is an axis that was found already; leave out {name}")
     if known is not None and steer and known.templates:
         raise VesaliusError(f"{concept} was found with templates, and running text has none; find it again with --raw")
-    opened = o.opened(
-        screen, model or (known.model if known else DEFAULT_MODEL), dtype, device, device_map, trust_remote_code
-    )
+    opened = machine.opened(screen, model or (known.model if known else DEFAULT_MODEL))
     if known is not None:
         known.check(opened)
     at = known.reading if known else wanted or default_reading(opened)
@@ -130,11 +122,11 @@ def direction(
             "tokens": tokens,
         },
         "permutations": permutations,
-        "seed": seed,
-        "dtype": dtype,
+        "seed": where.seed,
+        "dtype": machine.dtype,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             axis = known or _found(screen, run, opened, found, request)
             if known is not None:

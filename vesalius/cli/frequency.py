@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, drawn, records_of, set_threads, stored_tables, typed
+from vesalius.cli.console import Screen, conclude, drawn, records_of, stored_tables, typed
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.runs import Run
 
@@ -21,7 +22,7 @@ CLOSELY = 12  # units whose activation at the places of a sentence is shown
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("frequency")(frequency)
+    app.command("frequency")(g.expanded(frequency))
 
 
 def frequency(
@@ -45,15 +46,9 @@ def frequency(
     units: Annotated[
         str, typer.Option("--units", help="With --recordings: compare all units, or those of sentence, phrase.")
     ] = "all",
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Which MLP units follow sentences and phrases in a steady stream of words.
 
@@ -65,15 +60,14 @@ def frequency(
     from vesalius.features.frequency.similarity import check_stimuli, read_recordings
     from vesalius.features.frequency.tagging import CONDITIONS, fitting
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     chosen = {"all": list(CONDITIONS), "none": []}.get(controls, list(dict.fromkeys(o.listed(controls))))
     for name in chosen:
         if name not in CONDITIONS:
             raise UnknownName("control", name, CONDITIONS)
     if units not in ("all", "sentence", "phrase"):
         raise UnknownName("units", units, ("all", "sentence", "phrase"))
-    rows, source = _sentences(sentences, corpus, words, n, seed)
+    rows, source = _sentences(sentences, corpus, words, n, where.seed)
     kept = fitting(rows)
     heard = None
     if recordings is not None:
@@ -81,7 +75,7 @@ def frequency(
         check_stimuli(heard, kept)
     elif units != "all":
         raise VesaliusError("--units chooses what is compared with recordings; give --recordings too")
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    opened = machine.opened(screen, model)
     request = {
         "command": "frequency",
         "model": opened.name,
@@ -93,11 +87,11 @@ def frequency(
         "permutations": permutations,
         "recordings": None if recordings is None else hashlib.sha256(recordings.read_bytes()).hexdigest()[:16],
         "units": units,
-        "seed": seed,
-        "dtype": dtype,
+        "seed": where.seed,
+        "dtype": machine.dtype,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             _work(screen, run, opened, rows, heard, request, source, command)
     drawn(screen, run)

@@ -15,9 +15,55 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from typing import Any, get_type_hints
+
+from vesalius.cli import options as o
+from vesalius.cli.console import Screen, set_threads
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of a run, and of what is shown of it."""
+
+    seed: o.Seed = 0
+    out: o.Out = None
+    as_json: o.AsJson = False
+    fresh: o.Fresh = False
+
+
+@dataclass(frozen=True)
+class UndrawnRunOptions(RunOptions):
+    """The same, of commands that draw nothing."""
+
+    seed: o.NoSeed = 0
+
+
+@dataclass(frozen=True)
+class Threaded:
+    """The option of how many threads compute."""
+
+    threads: o.Threads = None
+
+    def screen(self, as_json: bool) -> Screen:
+        """Where the command says what it does; its threads are set."""
+        set_threads(self.threads)
+        return Screen(as_json)
+
+
+@dataclass(frozen=True)
+class Opening(Threaded):
+    """Options of how a model is opened, and of what it is computed on."""
+
+    dtype: o.Dtype = None
+    device: o.Device = None
+    device_map: o.DeviceMap = None
+    trust_remote_code: o.Trust = False
+
+    def opened(self, screen: Screen, spec: str) -> Any:
+        """The model, opened with progress."""
+        return o.opened(screen, spec, self.dtype, self.device, self.device_map, self.trust_remote_code)
 
 
 def expanded(function: Callable[..., None]) -> Callable[..., None]:

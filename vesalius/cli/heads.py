@@ -8,8 +8,9 @@ from typing import Annotated
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, drawn, set_threads, typed
+from vesalius.cli.console import Screen, drawn, typed
 from vesalius.errors import VesaliusError
 from vesalius.parts import parse_part
 from vesalius.runs import Run
@@ -17,7 +18,7 @@ from vesalius.runs import Run
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
-    app.command("heads")(heads)
+    app.command("heads")(g.expanded(heads))
     app.command("detectors")(detectors)
 
 
@@ -45,16 +46,10 @@ def heads(
     ] = "ioi",
     n: o.Number = None,
     task_set: o.TaskSet = None,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
     memory: o.Memory = o.MEMORY_DEFAULT,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """What every attention head is: induction, successor, retrieval, mover ... each score beside what chance gives.
 
@@ -66,16 +61,15 @@ def heads(
     from vesalius.cli import heads_work as work
     from vesalius.find.detectors.base import DETECTORS, chosen, detect
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     o.check_memory(memory)
-    made = None if task == "none" else o.task_of(task, n, seed, task_set, default_n=32)
+    made = None if task == "none" else o.task_of(task, n, where.seed, task_set, default_n=32)
     names = chosen(detectors, made)
     if made is None and (lost := [x for x in names if DETECTORS.entry(x).info.get("task")]):
         raise VesaliusError(f"{', '.join(lost)}: found in a task; name one with --task")
     options = work.options(detector_set or [], names)
     wanted = [parse_part(re.sub(r"^(\d+)\.(\d+)$", r"L\1.H\2", h.strip())) for h in head or []]
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    opened = machine.opened(screen, model)
     for part in wanted:
         if part.kind != "head" or part.side:
             raise VesaliusError(f"--head {part} is no head; a head is called L9.H6")
@@ -89,22 +83,22 @@ def heads(
         "detector_set": options,
         "task": task,
         "task_fingerprint": made.fingerprint if made else None,
-        "seed": seed,
+        "seed": where.seed,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             found = detect(
                 opened,
                 "all" if detectors == "all" else names,
                 task=made,
-                seed=seed,
+                seed=where.seed,
                 memory_gb=memory,
                 keep=work.kept(run, screen, len(names)),
                 options=options,
             )
-            work.store(run, screen, opened, found, seed, command)
-        work.portray(run, screen, opened, wanted, seed)
+            work.store(run, screen, opened, found, where.seed, command)
+        work.portray(run, screen, opened, wanted, where.seed)
     report = drawn(screen, run)
     work.show(screen, run, report, [str(p) for p in wanted])
 

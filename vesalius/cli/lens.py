@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
+from vesalius.cli.console import Screen, conclude, drawn, typed
 from vesalius.runs import Run
 
 READ_PANEL = "Reading"
@@ -53,7 +54,7 @@ def register(app: typer.Typer) -> None:
         rich_markup_mode="markdown",
     )
     for command in (logit, tuned, direct, train, basis, anomaly):
-        group.command(command.__name__)(command)
+        group.command(command.__name__)(g.expanded(command))
     app.add_typer(group, name="lens")
 
 
@@ -64,25 +65,18 @@ def logit(
     position: Position = -1,
     top: Top = 5,
     decoder: Decoder = None,
-    seed: o.NoSeed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.UndrawnRunOptions,
+    machine: g.Opening,
 ) -> None:
     """What the model would say if it ended at each layer (the logit lens).
 
     The model's own final norm and unembedding, applied to the residual stream after every block. Many models are not
     legible this way before their last layers; `vesalius lens tuned` is the remedy. Leaves a run with report.html.
     """
-    screen = Screen(as_json)
-    set_threads(threads)
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
-    _read(screen, opened, prompt, "logit", False, list(tokens or []), position, top, decoder, out, fresh)
+    screen = machine.screen(where.as_json)
+    opened = machine.opened(screen, model)
+    _read(screen, opened, prompt, "logit", False, list(tokens or []), position, top, decoder, where.out, where.fresh)
 
 
 def tuned(
@@ -94,24 +88,17 @@ def tuned(
     position: Position = -1,
     top: Top = 5,
     decoder: Decoder = None,
-    seed: o.NoSeed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.UndrawnRunOptions,
+    machine: g.Opening,
 ) -> None:
     """What each layer foretells, through a lens trained for this model (`vesalius lens train`).
 
     The report sets it beside the logit lens on the same prompt.
     """
-    screen = Screen(as_json)
-    set_threads(threads)
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
-    _read(screen, opened, prompt, lens, transfer, list(tokens or []), position, top, decoder, out, fresh)
+    screen = machine.screen(where.as_json)
+    opened = machine.opened(screen, model)
+    _read(screen, opened, prompt, lens, transfer, list(tokens or []), position, top, decoder, where.out, where.fresh)
 
 
 def lens_of(opened: Any, name: str, transfer: bool) -> tuple[Any, str]:
@@ -201,15 +188,9 @@ def direct(
     ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Terms to print.")] = 15,
     decoder: Decoder = None,
-    seed: o.NoSeed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.UndrawnRunOptions,
+    machine: g.Opening,
 ) -> None:
     """How much of a token's logit every part writes itself; the terms add up to what the model says.
 
@@ -219,9 +200,8 @@ def direct(
     from vesalius.lens import attribute
     from vesalius.report.words import token
 
-    screen = Screen(as_json)
-    set_threads(threads)
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    screen = machine.screen(where.as_json)
+    opened = machine.opened(screen, model)
     split = list(neurons or [])
     found = attribute(opened, prompt, tokens, against, position=position, neurons=split, decoder=decoder)
     request = {
@@ -238,7 +218,7 @@ def direct(
     command = typed()
     frame = found.to_frame()
     rows = frame.loc[frame["value"].abs().sort_values(ascending=False, kind="stable").index].head(top)
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             run.save_table("terms", frame)
             run.save_table("by_layer", found.by_layer())

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
+from vesalius.cli.console import conclude, drawn, typed
 from vesalius.cli.lens import LensOf, Transfer, lens_of
 from vesalius.errors import PartError, VesaliusError
 from vesalius.runs import Run
@@ -63,15 +64,9 @@ def train(
     held_out: Annotated[
         float, typer.Option(help="Share of the documents held out.", rich_help_panel=TRAIN_PANEL)
     ] = 0.05,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Train a tuned lens: an affine map a layer, so that each layer reads as the model's own prediction.
 
@@ -80,8 +75,7 @@ def train(
     """
     from vesalius.lens import LensRecipe, train_lens
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     recipe = LensRecipe(
         tokens=tokens,
         length=length,
@@ -97,12 +91,14 @@ def train(
         bias_only=bias_only,
         held_out=held_out,
         check_states=check_states,
-        seed=seed,
+        seed=where.seed,
     )
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    opened = machine.opened(screen, model)
     command = typed()
     with screen.step("training a lens") as tell:
-        folder = train_lens(opened, o.listed(corpus), recipe, out=out, fresh=fresh, command_line=command, tell=tell)
+        folder = train_lens(
+            opened, o.listed(corpus), recipe, out=where.out, fresh=where.fresh, command_line=command, tell=tell
+        )
     run = Run.open(folder)
     drawn(screen, run)
     quality, spent = run.table("quality"), run.json("spent")
@@ -132,15 +128,9 @@ def basis(
     length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 32,
     iterations: Annotated[int, typer.Option(min=1, help="Of L-BFGS, for each direction.")] = 100,
     words: Words = 4096,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """The directions of a layer that a lens's predictions depend on most, and whether the model agrees.
 
@@ -154,17 +144,16 @@ def basis(
     from vesalius.lens.basis import agreement, causal_basis, influences, random_directions, sample_states
     from vesalius.train.assembly import store_of
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     kind: Any = ablation  # an unknown one is refused where it is used
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    opened = machine.opened(screen, model)
     found, identity = lens_of(opened, lens, transfer)
     at = opened.n_layers // 2 if layer is None else _layer(layer)
     if opened.tokenizer is None:
         raise VesaliusError(f"{opened.name} has no tokenizer, so no text can be read with it")
     with screen.step("reading text") as tell:
         order = Order(
-            store_of(o.listed(corpus), opened.tokenizer, lambda t: tell(t, None)), length, rows, seed, tail="drop"
+            store_of(o.listed(corpus), opened.tokenizer, lambda t: tell(t, None)), length, rows, where.seed, tail="drop"
         )
     if rows > order.rows_per_epoch:
         raise VesaliusError(
@@ -182,10 +171,10 @@ def basis(
         "data": order.fingerprint,
         "iterations": iterations,
         "words": words,
-        "seed": seed,
+        "seed": where.seed,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             sample = sample_states(opened, torch.from_numpy(order.batch(0).ids[:, :-1].copy()), at)
             with screen.step("extracting directions") as progress:
@@ -197,12 +186,12 @@ def basis(
                     ablation=kind,
                     iterations=iterations,
                     words=words or None,
-                    seed=seed,
+                    seed=where.seed,
                     progress=progress,
                 )
-            both = torch.cat([made.directions, random_directions(opened.d_model, k, seed).to(made.directions)])
+            both = torch.cat([made.directions, random_directions(opened.d_model, k, where.seed).to(made.directions)])
             with screen.step("ablating them in the model") as progress:
-                table = influences(opened, found, sample, both, ablation=kind, seed=seed, progress=progress)
+                table = influences(opened, found, sample, both, ablation=kind, seed=where.seed, progress=progress)
             table["kind"] = ["basis"] * k + ["random"] * k
             run.save_array("basis", directions=made.directions.cpu().numpy(), influence=made.influence)
             run.save_table("directions", table)
@@ -253,15 +242,9 @@ def anomaly(
     lens: LensOf = "tuned",
     transfer: Transfer = False,
     detector: Annotated[str, typer.Option(help="lof (local outlier factor) or isolation-forest.")] = "lof",
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Tell odd prompts from normal ones by the trajectory of the model's predictions.
 
@@ -271,11 +254,10 @@ def anomaly(
     from vesalius.lens import detect
     from vesalius.lens.anomaly import DETECTORS, feature_names, read_prompts
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     DETECTORS.entry(detector)
     usual, suspicious = read_prompts(normal), read_prompts(test)
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    opened = machine.opened(screen, model)
     found, identity = lens_of(opened, lens, transfer)
     request = {
         "command": "lens-anomaly",
@@ -285,13 +267,13 @@ def anomaly(
         "normal": usual,
         "test": suspicious,
         "detector": detector,
-        "seed": seed,
+        "seed": where.seed,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             with screen.step("reading prompts") as progress:
-                made = detect(opened, found, usual, suspicious, detector=detector, seed=seed, progress=progress)
+                made = detect(opened, found, usual, suspicious, detector=detector, seed=where.seed, progress=progress)
             run.save_table("prompts", made.table)
             run.save_table("features", pd.DataFrame(made.features, columns=feature_names(opened)))
             best = made.auroc["trajectory"]

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
+from vesalius.cli.console import Screen, conclude, drawn, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -27,7 +28,7 @@ FLAT = 1e-5  # of the largest score: scores that differ by less are rounding
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("observe")(observe)
+    app.command("observe")(g.expanded(observe))
 
 
 def observe(
@@ -56,15 +57,9 @@ def observe(
             "--between", help="For MLPs on the path: 'PROMPT | PROMPT', one for each side; else the mean of --corpus."
         ),
     ] = None,
-    seed: o.NoSeed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.UndrawnRunOptions,
+    machine: g.Opening,
 ) -> None:
     """Ask what moves a difference of logits: which heads, by which direction of their input, and where in a text it is.
 
@@ -74,9 +69,8 @@ def observe(
     from vesalius.lens import Observable
     from vesalius.lens.places import check_path, stage_of
 
-    screen = Screen(as_json)
-    set_threads(threads)
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    screen = machine.screen(where.as_json)
+    opened = machine.opened(screen, model)
     asked = Observable.parse(observable, opened)
     other = None if against is None else Observable.parse(against, opened)
     path = check_path(opened, [t for t in (through or "").split(",") if t.strip()])
@@ -109,10 +103,10 @@ def observe(
         "text_digest": None if read is None else hashlib.sha256("\0".join(read).encode()).hexdigest()[:16],
         "tokens": tokens if read is not None else None,
         "between": list(prompts) if prompts else None,
-        "dtype": dtype,
+        "dtype": machine.dtype,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             _study(screen, run, _Asked(opened, asked, other, path, at, read, tokens, prompts), command)
     drawn(screen, run)

@@ -8,15 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, drawn, set_threads, typed
+from vesalius.cli.console import Screen, drawn, typed
 from vesalius.errors import UnknownName, VesaliusError
 from vesalius.runs import Run
 
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("probe")(probe)
+    app.command("probe")(g.expanded(probe))
 
 
 def probe(
@@ -38,15 +39,9 @@ def probe(
         bool, typer.Option("--balance", help="Draw as many examples of each label as the rarest has.")
     ] = (False),
     mdl: Annotated[bool, typer.Option("--mdl", help="Measure the online code length too.")] = False,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Fit a linear probe at every layer (or head), beside the commonest label and control labels.
 
@@ -56,15 +51,14 @@ def probe(
     from vesalius.features.probes import probe as run_probe
     from vesalius.features.vectors import SITES
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     if site not in (*SITES, "head"):
         raise UnknownName("site", site, (*SITES, "head"))
     if pool not in (None, "mean", "last", "word"):
         raise UnknownName("way to pool tokens", str(pool), ("mean", "last", "word"))
     data = read_labels(labels)
     chosen = _layers(layers)
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    opened = machine.opened(screen, model)
     request = {
         "command": "probe",
         "model": opened.name,
@@ -77,11 +71,11 @@ def probe(
         "folds": folds,
         "balance": balance,
         "mdl": mdl,
-        "seed": seed,
-        "dtype": dtype,
+        "seed": where.seed,
+        "dtype": machine.dtype,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             with run.stage("probes", 1), screen.step("probing") as progress:
                 found = run_probe(
@@ -96,7 +90,7 @@ def probe(
                     folds=folds,
                     balance=balance,
                     mdl=mdl,
-                    seed=seed,
+                    seed=where.seed,
                     progress=progress,
                 )
             run.save_table("probes", found.table)

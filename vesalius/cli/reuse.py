@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import RunStore, Screen, drawn, estimate, set_threads, typed
+from vesalius.cli.console import RunStore, Screen, drawn, estimate, typed
 from vesalius.defaults import DEFAULT_HELD_OUT
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
@@ -19,7 +20,7 @@ OVERLAP = ["a", "b", "kind", "shared", "size_a", "size_b", "jaccard", "chance_ja
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("reuse")(reuse)
+    app.command("reuse")(g.expanded(reuse))
 
 
 def reuse(
@@ -52,16 +53,10 @@ def reuse(
             rich_help_panel=o.MODEL_PANEL,
         ),
     ] = o.MODEL_DEFAULT,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
     memory: o.Memory = o.MEMORY_DEFAULT,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Circuits of several tasks in one model (or of one task in several models) side by side.
 
@@ -72,13 +67,12 @@ def reuse(
     """
     from vesalius.prove.reuse import reuse as lay_out
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     o.check_memory(memory)
     names, specs = o.listed(tasks), o.listed(models)
     _check(names, specs, method, prove_n)
-    made = [o.task_of(t, n, seed, None, default_n=32) for t in names]
-    opened = [o.opened(screen, m, dtype, device, device_map, trust_remote_code) for m in specs]
+    made = [o.task_of(t, n, where.seed, None, default_n=32) for t in names]
+    opened = [machine.opened(screen, m) for m in specs]
     request = {
         "command": "reuse",
         "model": specs,
@@ -89,11 +83,11 @@ def reuse(
         "pairs_fingerprints": [[h.pairs(m).fingerprint for h in t.halves()] for m in opened for t in made],
         "prove_n": prove_n,
         "transplant": transplant,
-        "seed": seed,
-        "dtype": dtype,
+        "seed": where.seed,
+        "dtype": machine.dtype,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             with run.stage("circuits"), screen.step("measuring circuits") as progress:
 
@@ -107,7 +101,7 @@ def reuse(
                     method=method,
                     held_out=prove_n,
                     with_transplant=transplant,
-                    seed=seed,
+                    seed=where.seed,
                     memory_gb=memory,
                     stage=stage,
                     store=RunStore(run.checkpoint("pieces")),

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, drawn, set_threads, typed
+from vesalius.cli.console import conclude, drawn, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -27,9 +28,9 @@ Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of held-out
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
     group = typer.Typer(help="Sparse autoencoders: train, show, use.", no_args_is_help=True)
-    group.command("train")(train)
-    group.command("show")(show)
-    group.command("use")(use)
+    group.command("train")(g.expanded(train))
+    group.command("show")(g.expanded(show))
+    group.command("use")(g.expanded(use))
     app.add_typer(group, name="sae")
 
 
@@ -66,16 +67,10 @@ def train(
     check_tokens: Annotated[
         int, typer.Option(min=1, help="Held-out tokens to judge by.", rich_help_panel=TRAIN_PANEL)
     ] = 4096,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
     memory: o.Memory = 2.0,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Train a sparse autoencoder on a model's activations over a corpus, in the file format of SAELens.
 
@@ -86,8 +81,7 @@ def train(
     from vesalius.features.dictionaries import SAERecipe, parse_place, train_sae
     from vesalius.features.dictionaries.places import width_of
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     o.check_memory(memory)
     recipe = SAERecipe(
         architecture=architecture,  # type: ignore[arg-type]  # refused there
@@ -102,19 +96,27 @@ def train(
         resample=resample,
         check_tokens=check_tokens,
         memory_gb=memory,
-        seed=seed,
+        seed=where.seed,
     )
     site = parse_place(at)
     texts = [] if prompts is None else _lines(prompts)
     if prompts is not None and not texts:
         raise VesaliusError(f"{prompts} holds no prompts; write one a line")
     names = o.listed(corpus) if corpus or texts else ["foldoc"]
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    opened = machine.opened(screen, model)
     width_of(opened, site)
     command = typed()
     with screen.step("training an SAE") as tell:
         folder = train_sae(
-            opened, site, names, recipe, prompts=texts, out=out, fresh=fresh, command_line=command, tell=tell
+            opened,
+            site,
+            names,
+            recipe,
+            prompts=texts,
+            out=where.out,
+            fresh=where.fresh,
+            command_line=command,
+            tell=tell,
         )
     run = Run.open(folder)
     drawn(screen, run)
@@ -132,15 +134,9 @@ def show(
     tokens: Tokens = 4096,
     shown: Annotated[int, typer.Option(min=1, help="Texts and tokens of each feature.")] = 8,
     force: Force = False,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """What an SAE is worth on a text, and what its features are: where they fire, which tokens they make likelier.
 
@@ -148,12 +144,11 @@ def show(
     """
     from vesalius.features.dictionaries import SAE, corpus_rows, gather, meanings, prompt_rows, quality
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     if text and corpus:
         raise VesaliusError("--text and --corpus both say what is read; give one of them")
     folder = folder_of(sae)
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    opened = machine.opened(screen, model)
     found = SAE.load(folder, opened, force=force)
     unsure = found.check(opened, force)
     numbers = [found.feature(n) for n in feature or []]
@@ -173,15 +168,15 @@ def show(
         "data": rows.fingerprint,
         "features": numbers,
         "shown": shown,
-        "seed": seed,
+        "seed": where.seed,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             with screen.step("judging") as tell:
                 judged = quality(opened, found, rows, force=force, tell=tell)
                 read = gather(opened, found.site, rows, tell=tell)
-            numbers = numbers or some_features(judged.density, seed)
+            numbers = numbers or some_features(judged.density, where.seed)
             made = meanings(opened, found, numbers, rows, read, shown=shown)
             run.save_json("quality", judged.numbers)
             table = pd.DataFrame({"feature": range(found.d_sae), "density": judged.density, "largest": judged.largest})
@@ -227,15 +222,9 @@ def use(
     no_error: Annotated[bool, typer.Option("--no-error", help="Leave out what the SAE does not explain.")] = False,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 20,
     force: Force = False,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Put an SAE into the forward pass, change some of its features, and see what the model says.
 
@@ -245,8 +234,7 @@ def use(
     from vesalius.features.dictionaries import SAE
     from vesalius.features.dictionaries.using import outcome
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     given = {n: v for n, v in (("set", to), ("add", add), ("scale", scale)) if v is not None}
     if len(given) > 1:
         raise VesaliusError(f"{' and '.join('--' + n for n in given)} contradict each other; give one of them")
@@ -258,7 +246,7 @@ def use(
     if not given and not no_error:
         raise VesaliusError("nothing is changed: name a --feature and a --set, --add or --scale, or give --no-error")
     folder = folder_of(sae)
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    opened = machine.opened(screen, model)
     if opened.kind != "causal":
         raise VesaliusError(f"{opened.name} is {opened.kind} and writes no text; use a language model's SAE here")
     found = SAE.load(folder, opened, force=force)
@@ -275,10 +263,10 @@ def use(
         "values": {str(k): v for k, v in values.items()},
         "error": not no_error,
         "tokens": tokens,
-        "seed": seed,
+        "seed": where.seed,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             with screen.step("writing"):
                 made = outcome(opened, found, prompt, values, op, error=not no_error, tokens=tokens, force=force)

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
 from vesalius.cli import writing as w
-from vesalius.cli.console import Screen, set_threads, typed
+from vesalius.cli.console import Screen, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -22,7 +23,7 @@ KIND = "gedi"
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("steer")(steer)
+    app.command("steer")(g.expanded(steer))
 
 
 def steer(
@@ -95,15 +96,9 @@ def steer(
     temperature: w.Temperature = 0.0,
     top_k: w.TopK = 0,
     top_p: w.TopP = 1.0,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Steer what a model writes, beside what it writes unsteered.
 
@@ -111,23 +106,22 @@ def steer(
     weighs every next token by how much a small class-conditional model takes the text for one of the class.
     `--train FILE --guide DIR` trains such a guide, which starts from --model and shares its tokenizer.
     """
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     if train is not None:
         if prompts or direction or toward:
             raise VesaliusError("--train makes a guide and writes nothing; leave out prompts, --direction and --toward")
-        _train(screen, train, guide, model, topics, steps, lr, lam, rows, seed, out)
+        _train(screen, train, guide, model, topics, steps, lr, lam, rows, where.seed, where.out)
         return
     if (direction is None) == (toward is None):
         raise VesaliusError("give one way to steer: --direction CONCEPT, or --toward gedi:TOPIC --guide DIR")
     if not prompts:
         raise VesaliusError("there is nothing to go on from; give a PROMPT")
     topic = _topic(toward, guide)
-    opened = w.causal(o.opened(screen, model, dtype, device, device_map, trust_remote_code))
+    opened = w.causal(machine.opened(screen, model))
     request = {
         "command": "steer", "model": opened.name, "model_fingerprint": opened.fingerprint, "task": direction or topic,
         "prompts": prompts, "tokens": tokens, "n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "seed": seed, "dtype": dtype,
+        "seed": where.seed, "dtype": machine.dtype,
     }  # fmt: skip
     loaded: Any = None
     if topic is not None:
@@ -138,11 +132,11 @@ def steer(
         request |= {"guide": loaded.model.fingerprint, "toward": topic, "w": weight, "filter_p": filter_p,
                     "target_p": target_p, "penalty": penalty}  # fmt: skip
     else:
-        loaded = _axis(screen, opened, str(direction), layer, seed)
+        loaded = _axis(screen, opened, str(direction), layer, where.seed)
         axis = hashlib.sha256(b"".join(loaded.files().values())).hexdigest()[:16]
         request |= {"axis": axis, "strength": strength, "layer": layer}
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             _work(screen, run, opened, loaded, request, command)
     w.finish(screen, run)

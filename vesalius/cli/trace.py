@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
-from vesalius.cli.console import RunStore, Screen, drawn, set_threads, staged, typed
+from vesalius.cli.console import RunStore, Screen, drawn, staged, typed
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 from vesalius.scores import Scores
@@ -20,7 +21,7 @@ SHOWN = 10
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("trace")(trace)
+    app.command("trace")(g.expanded(trace))
 
 
 def _fact(*names: str, help: str, **more: Any) -> Any:
@@ -46,16 +47,10 @@ def trace(
     heads: Annotated[int, _fact("--heads", help="Task heads at most.", min=1)] = 10,
     patched: Annotated[int, _fact("--patched", help="Prompts for path patching.", min=2)] = 16,
     all_facts: Annotated[bool, _fact("--all-facts", help="Take prompts that the model answers wrongly, too.")] = False,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
     memory: o.Memory = o.MEMORY_DEFAULT,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Where a fact is recalled: which heads bring the topic, which MLP writes the answer, what the last block does.
 
@@ -65,13 +60,12 @@ def trace(
     from vesalius.find.recall import facts_file, take_apart
     from vesalius.find.recall import trace as traced
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     o.check_memory(memory)
     if facts is not None and relation is not None:
         raise VesaliusError("--facts and --relation both say what is asked; give one of them")
     asked: Any = facts_file(facts) if facts is not None else relation
-    opened = o.opened(screen, model, dtype, device, device_map, trust_remote_code)
+    opened = machine.opened(screen, model)
     question = take_apart(opened, prompt, topic=topic, relation=asked, answer=answer)
     request = {
         "command": "trace",
@@ -87,15 +81,15 @@ def trace(
         "heads": heads,
         "patched": patched,
         "all_facts": all_facts,
-        "seed": seed,
+        "seed": where.seed,
     }
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             with staged(run, screen) as step:
                 found = traced(
                     opened, prompt, topic=topic, relation=asked, answer=answer, n=n, heads=heads, patched=patched,
-                    all_facts=all_facts, seed=seed, memory_gb=memory, step=step,
+                    all_facts=all_facts, seed=where.seed, memory_gb=memory, step=step,
                     store=RunStore(run.checkpoint("patching")),
                 )  # fmt: skip
             _store(run, opened, found, command)

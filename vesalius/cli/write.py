@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vesalius.cli import groups as g
 from vesalius.cli import options as o
 from vesalius.cli import writing as w
 from vesalius.cli.console import Screen, set_threads, typed
@@ -20,7 +21,7 @@ STUDIO_PANEL = "Studio"
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("write")(write)
+    app.command("write")(g.expanded(write))
 
 
 def write(
@@ -81,15 +82,9 @@ def write(
     port: Annotated[
         int, typer.Option("--port", min=1, max=65535, help="Of the page.", rich_help_panel=STUDIO_PANEL)
     ] = 8765,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: g.RunOptions,
+    machine: g.Opening,
 ) -> None:
     """Write under rules: every word keeps them, by construction.
 
@@ -101,23 +96,23 @@ def write(
     from vesalius.apply.writing import TRANSFORMS, drawing, known_rules, parse, writer
     from vesalius.apply.writing.write import read_words
 
-    screen = Screen(as_json)
+    screen = Screen(where.as_json)
     if rules:
         table = known_rules()
         screen.show(table.to_dict("records"), table)
         return
-    set_threads(threads)
+    set_threads(machine.threads)
     if mode not in ("word", "token"):
         raise VesaliusError(f"--mode {mode} is neither word nor token")
     names = o.listed(transforms)
     for name in names:
         TRANSFORMS.entry(name)
-    drawing(temperature, top_k, top_p, seed)
+    drawing(temperature, top_k, top_p, where.seed)
     parse(rule or [], lambda text: None)
     lexicon = None if words is None else read_words(words)
     if not prompts and not studio:
         raise VesaliusError("there is nothing to go on from; give a PROMPT, or --studio to write yourself")
-    opened = w.causal(o.opened(screen, model, dtype, device, device_map, trust_remote_code))
+    opened = w.causal(machine.opened(screen, model))
     with screen.step("reading the rules"):
         made = writer(
             opened,
@@ -140,10 +135,10 @@ def write(
         "prompts": prompts, "rules": rule or [], "mode": mode, "lines": lines,
         "words": None if lexicon is None else hashlib.sha256(repr(lexicon).encode()).hexdigest()[:16],
         "transforms": names, "accents": accents, "tries": tries, "tokens": tokens, "n": n, "temperature": temperature,
-        "top_k": top_k, "top_p": top_p, "seed": seed, "dtype": dtype,
+        "top_k": top_k, "top_p": top_p, "seed": where.seed, "dtype": machine.dtype,
     }  # fmt: skip
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done:
             _work(screen, run, made, request, command)
     w.finish(screen, run)
