@@ -26,7 +26,7 @@ class Size:
 
 
 FULL = Size({}, {}, (1234, 1235, 1236), 128)
-TINY = {f"{SHAPE}d_model": 16, f"{SHAPE}heads": 4, f"{SHAPE}kv_heads": 4, f"{SHAPE}d_ff": 32}
+TINY = {f"{SHAPE}d_model": 16, f"{SHAPE}heads": 2, f"{SHAPE}d_ff": 32}
 QUICK = Size(
     TINY | {"steps": 4, "data.rows": 8, "data.length": 40, "evaluate.batches": 1, "checkpoints.every": 4},
     TINY | {"steps": 4, "data.rows": 4, "data.length": 32, "evaluate.every": 4, "evaluate.batches": 1},
