@@ -12,7 +12,7 @@ from vesalius.train.running import train
 
 TINY = {
     "steps": 2, "checkpoints.every": 2, "data.rows": 4, "data.length": 40, "evaluate.batches": 1,
-    "model.architecture.d_model": 16, "model.architecture.d_ff": 16,
+    "model.architecture.d_model": 32, "model.architecture.d_ff": 32,
 }  # fmt: skip
 
 
