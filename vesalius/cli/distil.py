@@ -58,9 +58,14 @@ def distil(
         ),
     ] = "foldoc",
     steps: Annotated[
-        int, typer.Option("--steps", min=0, help="Updates; 0: nothing is learnt.", rich_help_panel=TRAIN_PANEL)
+        int,
+        typer.Option(
+            "--steps", min=0, max=o.MOST_STEPS, help="Updates; 0: nothing is learnt.", rich_help_panel=TRAIN_PANEL
+        ),
     ] = 500,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Texts of one.", rich_help_panel=TRAIN_PANEL)] = 8,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, max=o.MOST_ROWS, help="Texts of one.", rich_help_panel=TRAIN_PANEL)
+    ] = 8,
     row_length: Annotated[
         int, typer.Option("--row-length", min=4, help="Tokens of a text.", rich_help_panel=TRAIN_PANEL)
     ] = 128,

@@ -1,0 +1,154 @@
+"""What all commands that change a model refuse: one line, exit code 2, nothing at the place asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import Outcome, vesalius
+from families import tiny_hf
+from transformers import AutoTokenizer
+
+from vesalius.model.sources.quiet import quiet_transformers
+
+CARD = ("--card-rows", "2", "--card-n", "4", "--card-tasks", "")
+Changing = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of more than 128 tokens in the random Llama's vocabulary of words."""
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    lines = [" ".join(f"w{(7 * i + j * (i % 3 + 3)) % 19 + 3}" for j in range(160)) for i in range(60)]
+    file.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def base(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer has an end-of-text token."""
+    place = tmp_path_factory.mktemp("models") / "base"
+    shutil.copytree(random_llama, place)
+    AutoTokenizer.from_pretrained(place, eos_token="w1").save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def changing(base: Path, text: Path, tmp_path: Path) -> Changing:
+    """Any of the commands, as small as it goes."""
+    faults, skill, book = tmp_path / "faults.jsonl", tmp_path / "skill.jsonl", tmp_path / "book.txt"
+    rows = [{"prompt": f"w{i} w{i + 1}", "good": "w90 w91", "bad": "w50 w51"} for i in range(2, 14)]
+    faults.write_text("\n".join(map(json.dumps, rows)))
+    items = [{"task": "ab"[i % 2], "prompt": f"w{i}", "choices": [" w5", " w6"], "answer": i // 2 % 2}
+             for i in range(24)]  # fmt: skip
+    skill.write_text("\n".join(map(json.dumps, items)))
+    book.write_text(" ".join(f"w{5 * j % 31 + 3}" for j in range(900)))
+    few = ("--steps", 1, "--rows", 2)
+    kept = ("--keep", text, "--keep-rows", 4)
+    given = {
+        "prune": ("prune", "--corpus", text, "--rows", 2, "--ratio", 0.3, "--no-time", "--no-control"),
+        "sparsify": ("sparsify", "--on", text, "--texts", 8, *few, "--no-control"),
+        "quantize": ("quantize", "--corpus", text, "--rows", 2, "--no-time"),
+        "distil": ("distil", "--corpus", text, "--row-length", 16, "--no-time", *few),
+        "repair": ("repair", "--bad", faults, *kept, *few, "--k", 1),
+        "forget": ("forget", "--what", book, "--reinforce-steps", 1, "--no-control", *kept, *few),
+        "skill": ("forget", "--skill", skill, "--rounds", 1, *few),
+    }
+
+    def run(command: str, *more: object) -> Outcome:
+        model = ("--teacher" if command == "distil" else "--model", base) if "--model" not in more else ()
+        asked = (*given[command], *model, "--card-text", text, *CARD, "--runs", tmp_path / "runs", *more)
+        return vesalius(*asked)
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["repair", "forget", "skill", "sparsify"])
+def test_a_training_that_diverges_in_its_last_step_leaves_no_model(
+    changing: Changing, command: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert "lower the learning rate" in changing(command, "--lr", "1e39", "--out", out).error
+    assert not out.exists() and not list((tmp_path / "runs").glob("*/model"))
+
+
+def test_a_model_that_foretells_no_numbers_is_not_kept(changing: Changing, tmp_path: Path) -> None:
+    out = tmp_path / "out"  # weights of 1e30 are numbers, what they foretell is none
+    assert "gives plain text no probability that is a number" in changing("repair", "--lr", "1e30", "--out", out).error
+    assert not out.exists()
+
+
+def test_places_where_nothing_can_be_written(
+    changing: Changing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "empty")
+    for out, words in (
+        (tmp_path / "file" / "out", f"{tmp_path / 'file'} is no folder"),
+        (tmp_path / "nowhere", "is a link"),
+        (tmp_path / "nowhere" / "out", f"{tmp_path / 'nowhere'} is no folder"),
+        (tmp_path / "linked", "is a link"),
+    ):
+        assert words in changing("prune", "--out", out).error
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in ("", "."):
+        assert "the folder you are in" in changing("prune", "--out", out).error
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # the superuser may write anywhere
+        assert f"{tmp_path} may not be written" in changing("prune", "--out", tmp_path / "mine" / "out").error
+    assert not list((tmp_path / "runs").glob("*/scores.parquet"))  # refused before anything was computed
+    assert not any((tmp_path / "empty").iterdir()) and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "words"),
+    [
+        ("sparsify", "--rank=99999999999999999999", "1024"),
+        ("sparsify", "--rows=99999999999999999999", "1024"),
+        ("distil", "--rows=9999999", "1024"),
+        ("repair", "--steps=99999999999999999999", "1000000"),
+        ("forget", "--rows=9999999", "1024"),
+        ("distil", "--student=", "no student is named"),
+        ("distil", "--student=\u00b2-layers", "unknown recipe"),
+    ],
+)
+def test_numbers_and_names_that_mean_nothing(changing: Changing, command: str, option: str, words: str) -> None:
+    assert words in changing(command, option).error
+
+
+def test_a_class_that_holds_neither_fewer_heads_nor_fewer_neurons(
+    changing: Changing, base: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "bloom"
+    with quiet_transformers():
+        tiny_hf("bloom").save_pretrained(place)
+        AutoTokenizer.from_pretrained(base).save_pretrained(place)
+    assert "neither can be taken out" in changing("prune", "--model", place).error
+
+
+def test_a_merge_with_more_tokens_or_with_a_skill_taken_away(base: Path, text: Path, tmp_path: Path) -> None:
+    """A fine-tuned model with more tokens cannot be on the card, and weights that sum to 0 have no average beside."""
+    wide, tuned = tmp_path / "wide", tmp_path / "tuned"
+    with quiet_transformers():
+        hf = tiny_hf("llama")
+        with torch.no_grad():
+            hf.model.norm.weight.add_(0.1)
+        hf.save_pretrained(tuned)
+        hf.resize_token_embeddings(100)
+        hf.save_pretrained(wide)
+        for place in (wide, tuned):
+            AutoTokenizer.from_pretrained(base).save_pretrained(place)
+    asked = ("merge", base, wide, "--card-text", text, *CARD, "--runs", tmp_path / "runs", "--json")
+    told = vesalius(*asked).json
+    assert {r["model"] for r in told["card"]} == {"merged", "average"}
+    assert "wide is not on the card: it has 100 tokens and base 97" in told["notes"]
+    assert any("tensors stay the base's" in n for n in told["notes"])
+    away = vesalius(*asked[:3], tuned, *asked[3:], "--method", "task", "--weights", "1,-1").json
+    assert {r["model"] for r in away["card"]} == {"merged", "tuned"}
