@@ -61,7 +61,9 @@ def changing(base: Path, text: Path, tmp_path: Path) -> Changing:
     }
 
     def run(command: str, *more: object) -> Outcome:
-        model = ("--teacher" if command == "distil" else "--model", base) if "--model" not in more else ()
+        model = (
+            ("--teacher" if command == "distil" else "--model", base) if not {"--model", "--teacher"} & {*more} else ()
+        )
         asked = (*given[command], *model, "--card-text", text, *CARD, "--runs", tmp_path / "runs", *more)
         return vesalius(*asked)
 
@@ -152,3 +154,70 @@ def test_a_merge_with_more_tokens_or_with_a_skill_taken_away(base: Path, text: P
     assert any("tensors stay the base's" in n for n in told["notes"])
     away = vesalius(*asked[:3], tuned, *asked[3:], "--method", "task", "--weights", "1,-1").json
     assert {r["model"] for r in away["card"]} == {"merged", "tuned"}
+
+
+def test_a_rounded_model_is_changed_no_further(changing: Changing, text: Path, tmp_path: Path) -> None:
+    rounded = tmp_path / "rounded"
+    assert changing("quantize", "--out", rounded).code == 0
+    for command in ("prune", "sparsify", "quantize", "repair", "forget", "distil"):
+        name = "--teacher" if command == "distil" else "--model"
+        assert "rounded is in whole numbers" in changing(command, name, rounded).error
+    assert vesalius("card", rounded, "--again", "--card-text", text, *CARD, "--no-time").code == 0
+
+
+def test_a_finding_on_another_model_is_refused_before_anything_is_done(
+    changing: Changing, mover: Path, tmp_path: Path
+) -> None:
+    asked = ("circuit", "--model", mover, "--task", mover / "ioi.jsonl", "--out", tmp_path / "found", "--json")
+    found = vesalius(*asked, "--n", "8", "--prove-n", "8", "--compare", "none").json["run"]
+    assert "a finding about mover, and base is another one" in changing("prune", "--by", found).error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_way_back_is_found_from_another_folder(
+    base: Path, changing: Changing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base, tmp_path / "mine")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert changing("prune", "--model", "./mine", "--out", tmp_path / "out").code == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert vesalius("card", tmp_path / "out", "--undo", tmp_path / "back").code == 0
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    config = tmp_path / "mine" / "config.json"
+    config.write_text(config.read_text().replace("silu", "gelu"))
+    assert "put the old one back" in vesalius("card", tmp_path / "out", "--undo", tmp_path / "no").error
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_edit_that_was_tampered_with_is_not_taken_back(changing: Changing, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert changing("repair", "--out", out).code == 0
+    note, no = out / "edit" / "edit.json", tmp_path / "no"
+    whole = json.loads(note.read_text())
+    half = whole | {"changes": whole["changes"][:-1]}
+    (out / "manifest.json").unlink()
+    for story, words in (
+        (half, "does not lead to the weights it was made on"),
+        (whole | {"changes": [{"name": "nothing"}]}, "edit.json was changed by hand"),
+        ({k: v for k, v in whole.items() if k != "result"}, "edit.json was changed by hand"),
+    ):
+        note.write_text(json.dumps(story))
+        assert words in vesalius("card", out, "--undo", no).error
+        assert not no.exists()
+    note.write_text(json.dumps(whole))
+    assert vesalius("card", out, "--undo", tmp_path / "back").code == 0
+
+
+def test_a_changed_model_that_was_edited_by_hand(changing: Changing, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert changing("repair", "--out", out).code == 0
+    config, story = out / "config.json", out / "vesalius.json"
+    config.write_text(config.read_text().replace("silu", "gelu"))
+    assert "config.json was changed after it was saved" in vesalius("card", out, "--undo", tmp_path / "no").error
+    told = json.loads(story.read_text())
+    for wrong in ({"of": "base"}, {"card": "none"}, {"card": [1]}, {"request": [1]}):
+        story.write_text(json.dumps(told | wrong))
+        assert "vesalius.json was changed by hand" in vesalius("card", out).error
+    story.write_text(json.dumps(told | {"of": None}))
+    assert "restored" not in vesalius("card", out).out

@@ -197,6 +197,15 @@ def causal(screen: Screen, spec: str, machine: Machine, what: str, dtype: str | 
     return opened
 
 
+def to_change(screen: Screen, spec: str, machine: Machine, what: str, dtype: str | None = None) -> Any:
+    """The same, of a model whose weights can be changed."""
+    from vesalius.model.saving import refuse_rounded
+
+    opened = causal(screen, spec, machine, what, dtype)
+    refuse_rounded(opened.hf, opened.name)
+    return opened
+
+
 def measured(
     screen: Screen,
     run: Run,

@@ -126,10 +126,12 @@ class _Sides:
     def __init__(self, opened: Any, student: str, attention: str, window: int, length: int) -> None:
         from vesalius.change.distil import student_of
         from vesalius.change.longformer import to_longformer
+        from vesalius.model.saving import refuse_rounded
         from vesalius.train.recipe import read_recipe
 
         if opened.kind not in ("causal", "masked"):
             raise ModelError(f"{opened.name} is {opened.kind}; a teacher foretells tokens, causal or masked")
+        refuse_rounded(opened.hf, opened.name)
         self.opened, self.what, self.attention = opened, student, attention
         self.converted: Any = None if attention == "full" else to_longformer(opened, window, length)
         self.teacher: Any = opened if self.converted is None or student == SAME else self.converted

@@ -143,7 +143,7 @@ def forget(
     kept = keep != "none" and skill is None
     card = yardstick.card(where.seed, keep_rows if kept and keep == yardstick.card_text else 0)
     read = c.texts(screen, *([keep] if kept else []), yardstick.card_text)
-    opened = c.causal(screen, model, machine, "causal language models forget", dtype)
+    opened = c.to_change(screen, model, machine, "causal language models forget", dtype)
     given_file = what or skill
     assert given_file is not None
     request = {

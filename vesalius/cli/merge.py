@@ -104,6 +104,7 @@ def _work(
     from vesalius.change.keeping import keep_files
     from vesalius.change.merge import MergePlan
     from vesalius.change.merge import merge as make
+    from vesalius.model.sources import lasting
 
     base, *others = located
 
@@ -129,7 +130,8 @@ def _work(
     run.save_table("deltas", told.by_model())
     notes += told.notes()
     with run.stage("save", 1), screen.step("saving"):
-        of = [{"name": m.name, "spec": m.spec, "fingerprint": m.fingerprint, "sha256": m.sha256} for m in located]
+        of = [{"name": m.name, "spec": lasting(m.spec), "fingerprint": m.fingerprint, "sha256": m.sha256,
+               "files": m.fingerprint} for m in located]  # fmt: skip
         keep_files(merged, c.cleared(run.folder / "model"), "merge", of, request, measured)
     for folder, _ in made.values():
         c.cleared(folder)

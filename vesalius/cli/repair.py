@@ -104,7 +104,7 @@ def repair(
     plan: Any = DittoPlan(steps, rows, lr, gamma, seed=where.seed)
     if bad is not None:
         plan = RepairPlan(steps, rows, lr, k, how, size, kind, leash, seed=where.seed)  # type: ignore[arg-type]
-    opened = c.causal(screen, model, machine, "causal language models are repaired", dtype)
+    opened = c.to_change(screen, model, machine, "causal language models are repaired", dtype)
     request = {
         "command": "repair", "model": opened.name, "model_fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
         "bad": "" if bad is None else sha256(bad), "loops": loops, "keep": keep, "keep_rows": keep_rows,

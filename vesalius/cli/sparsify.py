@@ -96,7 +96,7 @@ def sparsify(
     examples = read_lesson(on)
     card = yardstick.card(where.seed, texts_read(texts) if yardstick.card_text == on else 0)
     read = c.texts(screen, yardstick.card_text, *([on] if examples is None else []))
-    opened = c.causal(
+    opened = c.to_change(
         screen, model, machine,
         "the command makes causal language models sparse, vesalius.change.sparse.sparsify any in Python", dtype,
     )  # fmt: skip

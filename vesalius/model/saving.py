@@ -23,6 +23,7 @@ from vesalius import checkpoints
 from vesalius.errors import ModelError, VesaliusError
 from vesalius.model import int8_files
 from vesalius.model.model import Model
+from vesalius.model.sources import lasting
 from vesalius.model.sources.quiet import quiet_transformers
 from vesalius.records import dump
 
@@ -60,8 +61,9 @@ def holds(folder: str | Path, story: Mapping[str, Any]) -> bool:
 
 
 def origin_of(model: Model) -> dict[str, Any]:
-    """How a record names the model that something was made of."""
-    return {"name": model.name, "spec": model.spec, "fingerprint": model.fingerprint}
+    """How a record names the model that something was made of; a folder from the root on, since folders move."""
+    spec = lasting(model.spec) if model.origin else model.spec
+    return {"name": model.name, "spec": spec, "fingerprint": model.fingerprint}
 
 
 def save_model(
@@ -111,3 +113,17 @@ def refuse_scattered(hf: PreTrainedModel, name: str) -> None:
     away = next((n for n, p in hf.named_parameters() if p.device.type == "meta"), None)
     if away is not None:
         raise ModelError(f"{name} is spread by device_map, {away} is not in memory; open it whole to change or save it")
+
+
+def refuse_rounded(hf: PreTrainedModel, name: str) -> None:
+    """Refuses to change a model whose linear maps are in whole numbers.
+
+    Raises:
+        ModelError: naming one of them.
+    """
+    maps = int8_files.rounded_maps(hf)
+    if maps:
+        raise ModelError(
+            f"{name} is in whole numbers ({next(iter(maps))} and more); change the model it was made of, and round "
+            "afterwards"
+        )
