@@ -221,3 +221,17 @@ def test_a_changed_model_that_was_edited_by_hand(changing: Changing, tmp_path: P
         assert "vesalius.json was changed by hand" in vesalius("card", out).error
     story.write_text(json.dumps(told | {"of": None}))
     assert "restored" not in vesalius("card", out).out
+
+
+def test_examples_of_too_many_tokens_or_none(changing: Changing, tmp_path: Path) -> None:
+    file = tmp_path / "long.jsonl"
+    rows = [{"prompt": "w3", "good": "w4", "bad": "w5 " * (1000 if i == 1 else 1)} for i in range(12)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    words = "an example of 1001 tokens ('w3 ...') is longer than base reads (64)"
+    assert words in changing("repair", "--bad", file).error
+    file.write_text("\n".join(json.dumps({"prompt": "w4 " * 1000, "good": "w5"}) for _ in range(12)))
+    for command, option in (("sparsify", "--on"), ("forget", "--probes")):
+        assert "longer than base reads (64)" in changing(command, option, file).error
+    file.write_text("\n".join(json.dumps({"prompt": " ", "good": " ", "bad": " "}) for _ in range(12)))
+    for command, option in (("repair", "--bad"), ("sparsify", "--on"), ("forget", "--probes")):
+        assert "leaves no token to foretell" in changing(command, option, file).error
