@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from families import some_ids, tiny, tiny_hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -168,3 +170,37 @@ def test_plans_that_mean_nothing() -> None:
     for wrong in ({"drop": 1.0}, {"drop": -0.1}, {"density": 0.0}, {"scale": float("nan")}):
         with pytest.raises(VesaliusError):
             MergePlan(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(VesaliusError, match="weights 1, -1 sum to 0"):
+        MergePlan("linear", weights=(1, -1))
+
+
+def rewritten(place: Path, other: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Located:
+    """A copy of a checkpoint with other tensors."""
+    shutil.copytree(place, other)
+    save_file(change(load_file(other / "model.safetensors")), other / "model.safetensors", metadata={"format": "pt"})
+    return resolve(str(other))
+
+
+def test_what_cannot_be_mixed_is_named_and_what_the_base_lacks_is_told(
+    three: tuple[Located, ...], tmp_path: Path
+) -> None:
+    base, a, _ = three
+    name, plan = "model.layers.1.mlp.up_proj.weight", MergePlan("task")
+    broken = rewritten(a.folder, tmp_path / "nan", lambda w: w | {name: w[name] * torch.nan})
+    with pytest.raises(ModelError, match=f"nan holds NaN or infinite numbers in {name}"):
+        merge(base, [broken], plan, tmp_path / "out")
+    rounded = rewritten(a.folder, tmp_path / "int", lambda w: w | {name: w[name].to(torch.int8)})
+    with pytest.raises(ModelError, match=f"{name} of int holds whole numbers"):
+        merge(base, [rounded], plan, tmp_path / "out")
+    more = rewritten(a.folder, tmp_path / "more", lambda w: w | {"extra.weight": torch.ones(3)})
+    place, done = merge(base, [more], plan, tmp_path / "out")
+    assert done.extra == {"more": ["extra.weight"]} and "extra.weight" not in tensors(place)
+    assert done.notes() == ["1 tensors of more are not in the base and are left out: extra.weight"]
+
+
+def test_weights_of_other_formats_do_not_go_along(three: tuple[Located, ...], tmp_path: Path) -> None:
+    base, a, _ = three
+    for name in ("pytorch_model.bin", "flax_model.msgpack", "tf_model.h5"):
+        (base.folder / name).write_bytes(b"the base")
+    place, _ = merge(base, [a], MergePlan("task"), tmp_path / "out")
+    assert {p.suffix for p in place.iterdir()} <= {".json", ".safetensors"}

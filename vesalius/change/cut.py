@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from vesalius.errors import ModelError, PartError, VesaliusError
 from vesalius.model import Model
 from vesalius.model.anatomy import Anatomy, Block, Side
-from vesalius.model.saving import refuse_scattered
+from vesalius.model.saving import refuse_rounded, refuse_scattered
 from vesalius.model.sources.quiet import quiet_transformers
 from vesalius.model.weights import matrix
 from vesalius.parts import Part
@@ -147,6 +147,7 @@ def cut(model: Model, keep: Keep, name: str = "") -> Model:
     """
     keep.check(model)
     refuse_scattered(model.hf, model.name)
+    refuse_rounded(model.hf, model.name)
     a, hf = model.anatomy, model.hf
     state = {k: v.detach() for k, v in hf.state_dict().items()}
     names = {id(m): n for n, m in hf.named_modules()}

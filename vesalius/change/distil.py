@@ -78,6 +78,8 @@ def student_of(teacher: Model, what: str) -> Model:
     """
     if teacher.kind not in BY_KIND or not teacher.anatomy.main.head:
         raise VesaliusError(f"{teacher.name} is {teacher.kind}; a teacher foretells tokens, causal or masked")
+    if not what.strip():
+        raise VesaliusError("no student is named; give half, N-layers, or a recipe (.yaml)")
     count = teacher.n_layers // 2 if what == "half" else _count(what)
     if count is not None:
         made = cut(teacher, Keep.of(teacher, layers=alternate(teacher.n_layers, count)))
@@ -87,7 +89,7 @@ def student_of(teacher: Model, what: str) -> Model:
 
 def _count(what: str) -> int | None:
     number, dash, word = what.partition("-")
-    return int(number) if dash and word == "layers" and number.isdigit() else None
+    return int(number) if dash and word == "layers" and number.isdecimal() else None
 
 
 def _built(teacher: Model, what: str) -> Model:

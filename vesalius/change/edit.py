@@ -24,7 +24,7 @@ from vesalius import checkpoints
 from vesalius.errors import ModelError, RunError, UnknownName, VesaliusError
 from vesalius.model import Model
 from vesalius.model.model import weights_fingerprint
-from vesalius.model.saving import origin_of, refuse_scattered
+from vesalius.model.saving import origin_of, refuse_rounded, refuse_scattered
 from vesalius.records import dump, read_json, sha256
 
 TENSORS, NOTE = "edit.safetensors", "edit.json"
@@ -120,9 +120,14 @@ class Edit:
         """Takes the change back, to the last bit.
 
         Raises:
-            ModelError: if the weights are not those the change led to.
+            ModelError: if the weights are not those the change led to, or are not what they were after all.
         """
         self._put(model, "before", self.result)
+        if weights_fingerprint(model.hf, config=False) != self.start:
+            raise ModelError(
+                f"taking this edit ({self.kind}) back does not lead to the weights it was made on: it is not whole; "
+                f"open {self.of.get('spec') or self.of.get('name')}"
+            )
 
     @torch.no_grad()
     def _put(self, model: Model, side: str, expected: str) -> None:
@@ -170,12 +175,15 @@ class Edit:
         if sha256(place / TENSORS) != note.get("sha256"):
             raise RunError(f"{place / TENSORS} was changed after it was saved (its sha256 differs); {remedy}")
         found = checkpoints.load_tensors(place / TENSORS)
-        changes = []
-        for row in note["changes"]:
-            name = row["name"]
-            sides = (found.get(f"{name}/index"), found[f"{name}/before"], found[f"{name}/after"])
-            changes.append(Change(name, row["reason"], tuple(row["shape"]), *sides))
-        return cls(str(note["kind"]), dict(note["of"]), changes, str(note["start"]), str(note["result"]))
+        try:
+            changes = []
+            for row in note["changes"]:
+                name = row["name"]
+                sides = (found.get(f"{name}/index"), found[f"{name}/before"], found[f"{name}/after"])
+                changes.append(Change(name, row["reason"], tuple(row["shape"]), *sides))
+            return cls(str(note["kind"]), dict(note["of"]), changes, str(note["start"]), str(note["result"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{place / NOTE} was changed by hand or is damaged; {remedy}") from error
 
 
 class Recorder:
@@ -256,6 +264,7 @@ def recording(model: Model, kind: str) -> Iterator[Recorder]:
         >>> recorder.edit.undo(model)                                         # doctest: +SKIP
     """
     refuse_scattered(model.hf, model.name)
+    refuse_rounded(model.hf, model.name)
     with model.alone():
         recorder = Recorder(model, kind)
         try:

@@ -110,14 +110,8 @@ class Faults:
         encoder = Encoder(model.tokenizer)
         self.examples: list[list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = []
         for one in usable:
-            start = (*encoder.prefix, *encoder.ids(one.prompt))
-            each = []
-            for side in sides:
-                text = getattr(one, side)
-                if text:
-                    told = encoder.ids(text)
-                    each.append((int(side == "bad"), start or told[:1], told if start else told[1:]))
-            self.examples.append([e for e in each if e[2]])
+            named = [side for side in sides if getattr(one, side)]
+            self.examples.append([(int(side == "bad"), *_tokens(model, encoder, one, side)) for side in named])
         self.per = max(map(len, self.examples))
         self.rows, self.plan = plan.rows * self.per, plan
         self.length = max(len(a) + len(b) for e in self.examples for _, a, b in e) - 1
@@ -141,6 +135,27 @@ class Faults:
                 segments[row, :n] = 2 * row + bad
                 mask[row, len(start) : n] = True
         return Batch(step, ids, segments, mask)
+
+
+def _tokens(model: Model, encoder: Encoder, one: Fault, side: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What is read, and what follows it; without anything before it, the first token of what follows is read.
+
+    Raises:
+        VesaliusError: if nothing is left to foretell, or it is more than the model reads.
+    """
+    text = getattr(one, side)
+    start, told = (*encoder.prefix, *encoder.ids(one.prompt)), tuple(encoder.ids(text))
+    start, told = (start, told) if start else (told[:1], told[1:])
+    if not told:
+        raise VesaliusError(
+            f"'{text}' after '{one.prompt[:40]}' leaves no token to foretell; give a prompt, or more that follows it"
+        )
+    if model.n_positions is not None and len(start) + len(told) > model.n_positions:
+        raise VesaliusError(
+            f"an example of {len(start) + len(told)} tokens ('{(one.prompt or text)[:40]} ...') is longer than "
+            f"{model.name} reads ({model.n_positions}); shorten it"
+        )
+    return start, told
 
 
 @dataclass(frozen=True)
@@ -205,12 +220,9 @@ def likelihood(model: Model, faults: Sequence[Fault], side: Literal["good", "bad
     """Of each example's continuation: mean log probability a token, whether greedy decoding says it; (example, 2)."""
     encoder, found = Encoder(model.tokenizer), []
     for one in faults:
-        text = getattr(one, side)
-        if not text:
+        if not getattr(one, side):
             continue
-        start = (*encoder.prefix, *encoder.ids(one.prompt))
-        told = encoder.ids(text)
-        start, told = (start, told) if start else (told[:1], told[1:])
+        start, told = _tokens(model, encoder, one, side)
         ids = torch.tensor([[*start, *told]])
         logits = model.logits(ids)[0, len(start) - 1 : -1].float()
         aim = torch.tensor(told, device=logits.device)

@@ -44,7 +44,7 @@ def keep_change(
     """
     told = {
         "change": change,
-        "of": origin_of(base) | {key: str(base.origin.get(key, "")) for key in ("sha256", "from")},
+        "of": origin_of(base) | {key: str(base.origin.get(key, "")) for key in ("sha256", "from", "files")},
         "request": plain(dict(request)),
         "card": [] if card is None else plain(card.to_dict("records")),
         "undo": "edit" if edit is not None else "base",
@@ -113,7 +113,13 @@ def story_of(folder: str | Path) -> dict[str, Any]:
     place = Path(folder)
     if not (place / RECORD).is_file():
         raise RunError(f"'{place}' has no {RECORD}: it is no model that Vesalius changed; name the folder of one")
-    return read_json(place / RECORD, "name the folder of a changed model")
+    remedy = "name the folder of a changed model"
+    story = read_json(place / RECORD, remedy)
+    rows = story.get("card") or []
+    sound = all(isinstance(story.get(key) or {}, dict) for key in ("of", "request"))
+    if not sound or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RunError(f"{place / RECORD} was changed by hand or is damaged; {remedy}")
+    return story
 
 
 def base_of(folder: str | Path) -> str:
@@ -124,7 +130,7 @@ def base_of(folder: str | Path) -> str:
     """
     from vesalius.model.sources import resolve
 
-    of = story_of(folder).get("of", {})
+    of = story_of(folder).get("of") or {}
     spec, expected = str(of.get("spec", "")), str(of.get("sha256", ""))
     if not spec or not expected:
         raise ModelError(f"{folder} does not say which files it was made of, so they cannot be found again")
@@ -136,6 +142,11 @@ def base_of(folder: str | Path) -> str:
         raise ModelError(
             f"{folder} was made of {spec} when its weights had sha256 {expected[:16]}...; now they have "
             f"{found.sha256[:16]}...: put the old files back"
+        )
+    if of.get("files") not in (None, "", found.fingerprint):
+        raise ModelError(
+            f"the weights of {spec} are those that {folder} was made of, but its config.json says something else now: "
+            "put the old one back"
         )
     return spec
 
@@ -156,11 +167,13 @@ def restore(folder: str | Path, out: str | Path) -> Path:
     story_of(place)
     target = new_folder(out)
     if (place / EDIT / NOTE).is_file():
+        if (place / checkpoints.MANIFEST).exists() and (found := checkpoints.troubles(place)):
+            raise ModelError(f"{found[0]}; the change can be taken back from the files as they were saved alone")
         model = vesalius.open(str(place), dtype="auto")
         Edit.load(place / EDIT).undo(model)
         return save_model(model, target)
-    found = resolve(base_of(place))
+    base = resolve(base_of(place))
 
     return checkpoints.write(
-        target, lambda part: _copied(found.folder, part), "free some space, or choose another folder"
+        target, lambda part: _copied(base.folder, part), "free some space, or choose another folder"
     )

@@ -16,7 +16,6 @@ stay the base's, and are told.
 
 from __future__ import annotations
 
-import json
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,7 @@ from torch import Tensor
 from vesalius import checkpoints
 from vesalius.errors import ModelError, UnknownName, VesaliusError
 from vesalius.model.saving import RECORD, new_folder
-from vesalius.model.sources.checkpoint import weight_files
+from vesalius.model.sources.checkpoint import OTHER_WEIGHTS, PICKLES, read_json, weight_files
 from vesalius.model.sources.located import Located
 from vesalius.records import dump
 
@@ -72,6 +71,8 @@ class MergePlan:
             raise VesaliusError(f"density {self.density:g} is no share that can stay; give more than 0, at most 1")
         if not all(np.isfinite([self.scale, *self.weights])):
             raise VesaliusError("weights and scale must be finite numbers")
+        if self.method == "linear" and self.weights and not sum(self.weights):
+            raise VesaliusError(f"weights {', '.join(f'{w:g}' for w in self.weights)} sum to 0, so they make no mean")
 
 
 @dataclass
@@ -79,13 +80,24 @@ class Merged:
     """What a merge did.
 
     Attributes:
-        tensors: merged. kept: tensors left as the base's, and why. deltas: model, tensor, mean, q50, q99, largest
-            absolute change, share that changed.
+        tensors: merged. kept: tensors left as the base's, and why. extra: by model, tensors that the base has not,
+            which are left out. deltas: model, tensor, mean, q50, q99, largest absolute change, share that changed.
     """
 
     tensors: int = 0
     kept: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, list[str]] = field(default_factory=dict)
     deltas: list[dict[str, Any]] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """What did not take part, in words."""
+        found = []
+        if self.kept:
+            told = "; ".join(f"{name} ({reason})" for name, reason in self.kept.items())
+            found.append(f"{len(self.kept)} tensors stay the base's: {told}")
+        for model, names in self.extra.items():
+            found.append(f"{len(names)} tensors of {model} are not in the base and are left out: {', '.join(names)}")
+        return found
 
     def by_model(self) -> pd.DataFrame:
         """One row a model: how far it went from the base. Continued pre-training goes far, fine-tuning does not."""
@@ -175,6 +187,10 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.where[name].get_slice(name).get_shape())
 
+    def whole(self, name: str) -> bool:
+        """Whether a tensor is of whole numbers, or of true and false."""
+        return not str(self.where[name].get_slice(name).get_dtype()).startswith(("F", "BF"))
+
     def __getitem__(self, name: str) -> Tensor:
         found: Tensor = self.where[name].get_tensor(name)
         return found
@@ -210,6 +226,8 @@ def merge(
         others = [Weights(m.folder, exits) for m in models]
         for located, mine in zip(models, others, strict=True):
             _check(base, source, located, mine)
+            if more := sorted(set(mine.where) - set(source.where)):
+                done.extra[located.name] = more
 
         def fill(part: Path) -> None:
             for file in sorted(p for p in base.folder.iterdir() if _goes_along(p)):
@@ -231,12 +249,17 @@ def _tensor(
     start = source[name]
     absent = [m.name for m, o in zip(models, others, strict=True) if name not in o.where]
     unlike = [m.name for m, o in zip(models, others, strict=True) if name in o.where and o.shape(name) != start.shape]
+    whole = [m.name for m, o in zip(models, others, strict=True) if name in o.where and o.whole(name)]
+    if start.is_floating_point() and whole:
+        raise ModelError(f"{name} of {whole[0]} holds whole numbers; merge the models as they were before rounding")
     if absent or unlike or not start.is_floating_point():
         why = f"not in {absent[0]}" if absent else f"of another shape in {unlike[0]}" if unlike else "no numbers to mix"
         done.kept[name] = why
         return start
     tuned = [o[name] for o in others]
     for located, w in zip(models, tuned, strict=True):
+        if not bool(torch.isfinite(w).all()):
+            raise ModelError(f"{located.name} holds NaN or infinite numbers in {name}; merge models that are whole")
         done.deltas.append({"model": located.name, "tensor": name, **_spread(w.float() - start.float(), name)})
     done.tensors += 1
     found = merged(start, tuned, plan, name)
@@ -257,7 +280,10 @@ def _spread(delta: Tensor, name: str) -> dict[str, float]:
 
 
 def _check(base: Located, source: Weights, located: Located, mine: Weights) -> None:
-    configs = [json.loads((m.folder / "config.json").read_text()) for m in (base, located)]
+    configs = [read_json(m.folder / "config.json") for m in (base, located)]
+    for model, config in zip((base, located), configs, strict=True):
+        if "quantization_config" in config:
+            raise ModelError(f"{model.name} is in whole numbers; merge the models as they were before rounding")
     kinds = [c.get("model_type") for c in configs]
     if kinds[0] != kinds[1]:
         raise ModelError(f"{located.name} is a {kinds[1]} and {base.name} a {kinds[0]}; merge models of one base")
@@ -273,7 +299,7 @@ def _check(base: Located, source: Weights, located: Located, mine: Weights) -> N
 
 def _goes_along(path: Path) -> bool:
     """Files of a checkpoint that are neither weights nor notes about them."""
-    left = (".safetensors", ".index.json", ".gguf", ".bin")
+    left = (".safetensors", ".index.json", ".gguf", *PICKLES, *OTHER_WEIGHTS)
     notes = (checkpoints.MANIFEST, RECORD, "vesalius-source.json")
     return path.is_file() and not path.name.endswith(left) and path.name not in notes
 

@@ -77,6 +77,11 @@ def budget(model: Model, ratio: float, heads: Heads = "auto") -> Budget:
     gone_heads = min(int(ratio * units + 0.5), units - 1) * (a.n_heads // units)
     goes = sum(_lost(a, module, way, gone_heads) for module in modules.values())
     neurons = round((ratio * (attention + mlp) - goes) / per_neuron) if a.spec.sizes.mlp is not None else 0
+    if way == "keep" and a.spec.sizes.mlp is None:
+        raise VesaliusError(
+            f"{type(model.hf).__name__} holds heads of d_model / heads numbers and MLPs of 4 d_model neurons and no "
+            "others, so neither can be taken out; whole blocks can (vesalius distil --student N-layers)"
+        )
     if neurons >= a.d_mlp:
         raise VesaliusError(
             f"ratio {ratio:g} would take {neurons} of {a.d_mlp} neurons of every block; give a smaller ratio"

@@ -48,15 +48,15 @@ def card(
     rows: list[dict[str, Any]] = list(story.get("card") or [])
     notes: list[str] = []
     if again:
-        skip = int(story.get("request", {}).get("card_skip", 0))  # what the change itself has read
+        skip = int((story.get("request") or {}).get("card_skip", 0))  # what the change itself has read
         wanted = yardstick.card(seed, skip)
         rows, notes = _measured(screen, folder, story, wanted, machine)
-    of = story.get("of", {})
+    of = story.get("of") or {}
     what = story.get("change", story.get("edit", "changed"))
     made_of = f"{of.get('spec') or of.get('name', '?')} (fingerprint {of.get('fingerprint', '?')})"
     head = [f"{folder}: {what}, made of {made_of}"]
     told_above = ("command", "model", "model_fingerprint", "read")
-    asked = {k: v for k, v in story.get("request", {}).items() if k not in told_above}
+    asked = {k: v for k, v in (story.get("request") or {}).items() if k not in told_above}
     if asked:
         head.append("  ".join(f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in asked.items()))
     table = pd.DataFrame(rows)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import typer
 
@@ -191,6 +192,15 @@ def causal(screen: Screen, spec: str, machine: Machine, what: str, dtype: str | 
     return opened
 
 
+def to_change(screen: Screen, spec: str, machine: Machine, what: str, dtype: str | None = None) -> Any:
+    """The same, of a model whose weights can be changed."""
+    from vesalius.model.saving import refuse_rounded
+
+    opened = causal(screen, spec, machine, what, dtype)
+    refuse_rounded(opened.hf, opened.name)
+    return opened
+
+
 def measured(
     screen: Screen,
     run: Run,
@@ -202,6 +212,9 @@ def measured(
 
     Args:
         models: makers by name: one model is held at a time. yard: from `Card.yardstick`.
+
+    Raises:
+        VesaliusError: if the first one foretells nothing that is a number.
     """
     from dataclasses import replace
 
@@ -216,6 +229,11 @@ def measured(
             with screen.step(f"measuring {name}") as tell:
                 mine = yard if number == 0 else replace(yard, timed=False)
                 after[name] = measure(make(), mine, base=base, progress=tell)
+            if number == 0 and not np.isfinite(after[name].loss).all():
+                raise VesaliusError(
+                    f"the {name} model gives plain text no probability that is a number, so it is not kept; change "
+                    "less of it, or lower the learning rate"
+                )
             stage.update(number + 2)
     card = cards(before, after, yard.seed)
     run.save_table("card", card)

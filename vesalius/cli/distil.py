@@ -58,9 +58,14 @@ def distil(
         ),
     ] = "foldoc",
     steps: Annotated[
-        int, typer.Option("--steps", min=0, help="Updates; 0: nothing is learnt.", rich_help_panel=TRAIN_PANEL)
+        int,
+        typer.Option(
+            "--steps", min=0, max=o.MOST_STEPS, help="Updates; 0: nothing is learnt.", rich_help_panel=TRAIN_PANEL
+        ),
     ] = 500,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Texts of one.", rich_help_panel=TRAIN_PANEL)] = 8,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, max=o.MOST_ROWS, help="Texts of one.", rich_help_panel=TRAIN_PANEL)
+    ] = 8,
     row_length: Annotated[
         int, typer.Option("--row-length", min=4, help="Tokens of a text.", rich_help_panel=TRAIN_PANEL)
     ] = 128,
@@ -121,10 +126,12 @@ class _Sides:
     def __init__(self, opened: Any, student: str, attention: str, window: int, length: int) -> None:
         from vesalius.change.distil import student_of
         from vesalius.change.longformer import to_longformer
+        from vesalius.model.saving import refuse_rounded
         from vesalius.train.recipe import read_recipe
 
         if opened.kind not in ("causal", "masked"):
             raise ModelError(f"{opened.name} is {opened.kind}; a teacher foretells tokens, causal or masked")
+        refuse_rounded(opened.hf, opened.name)
         self.opened, self.what, self.attention = opened, student, attention
         self.converted: Any = None if attention == "full" else to_longformer(opened, window, length)
         self.teacher: Any = opened if self.converted is None or student == SAME else self.converted

@@ -77,12 +77,17 @@ def forget(
     ] = "foldoc",
     keep_rows: Annotated[int, typer.Option("--keep-rows", min=1, help="Rows of it.", rich_help_panel=WHAT_PANEL)] = 64,
     reinforce_steps: Annotated[
-        int, typer.Option("--reinforce-steps", min=1, help="Of the reinforced model.", rich_help_panel=TRAIN_PANEL)
+        int,
+        typer.Option(
+            "--reinforce-steps", min=1, max=o.MOST_STEPS, help="Of the reinforced model.", rich_help_panel=TRAIN_PANEL
+        ),
     ] = 120,
     reinforce_lr: Annotated[
         float, typer.Option("--reinforce-lr", help="Its peak learning rate.", rich_help_panel=TRAIN_PANEL)
     ] = 1e-4,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates.", rich_help_panel=TRAIN_PANEL)] = 120,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, max=o.MOST_STEPS, help="Updates.", rich_help_panel=TRAIN_PANEL)
+    ] = 120,
     rounds: Annotated[
         int,
         typer.Option(
@@ -92,7 +97,9 @@ def forget(
             rich_help_panel=TRAIN_PANEL,
         ),
     ] = 10,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of one.", rich_help_panel=TRAIN_PANEL)] = 8,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, max=o.MOST_ROWS, help="Rows of one.", rich_help_panel=TRAIN_PANEL)
+    ] = 8,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=TRAIN_PANEL)] = 3e-5,
     control: Annotated[
         bool,
@@ -136,7 +143,7 @@ def forget(
     kept = keep != "none" and skill is None
     card = yardstick.card(where.seed, keep_rows if kept and keep == yardstick.card_text else 0)
     read = c.texts(screen, *([keep] if kept else []), yardstick.card_text)
-    opened = c.causal(screen, model, machine, "causal language models forget", dtype)
+    opened = c.to_change(screen, model, machine, "causal language models forget", dtype)
     given_file = what or skill
     assert given_file is not None
     request = {

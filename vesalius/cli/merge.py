@@ -88,6 +88,13 @@ def merge(
     )
 
 
+def vocabulary(model: Any) -> Any:
+    """Tokens of a model on disk, as its config tells."""
+    from vesalius.model.sources.checkpoint import read_json
+
+    return read_json(model.folder / "config.json").get("vocab_size")
+
+
 def _work(
     screen: Screen, run: Run, located: list[Any], opened: Callable[[str], Any], plan: Any, card: c.Card,
     request: dict[str, Any], command: str,
@@ -97,11 +104,12 @@ def _work(
     from vesalius.change.keeping import keep_files
     from vesalius.change.merge import MergePlan
     from vesalius.change.merge import merge as make
+    from vesalius.model.sources import lasting
 
     base, *others = located
 
     made, folders = {}, {"merged": plan}
-    if plan.method != "linear":
+    if plan.method != "linear" and sum(plan.weights or (1,)) > 0:  # taking a skill away has no average beside it
         folders["average"] = replace(MergePlan("linear"), weights=plan.weights)
     for name, how in folders.items():
         part = c.cleared(run.folder / f"{name}.part")
@@ -112,15 +120,18 @@ def _work(
     yard, notes = card.yardstick(model)
     makers = {name: (lambda f=folder: opened(str(f))) for name, (folder, _) in made.items()}
     names = [m.name if [x.name for x in located].count(m.name) == 1 else m.spec for m in others]
-    makers |= {name: (lambda s=m.spec: opened(s)) for name, m in zip(names, others, strict=True)}
+    for name, m in zip(names, others, strict=True):
+        size, own = vocabulary(m), vocabulary(base)
+        if size == own:
+            makers[name] = lambda s=m.spec: opened(s)
+        else:
+            notes.append(f"{name} is not on the card: it has {size} tokens and {base.name} {own}")
     measured = c.measured(screen, run, model, makers, yard)
     run.save_table("deltas", told.by_model())
-    if told.kept:
-        notes.append(
-            f"{len(told.kept)} tensors stay the base's: " + "; ".join(f"{k} ({v})" for k, v in told.kept.items())
-        )
+    notes += told.notes()
     with run.stage("save", 1), screen.step("saving"):
-        of = [{"name": m.name, "spec": m.spec, "fingerprint": m.fingerprint, "sha256": m.sha256} for m in located]
+        of = [{"name": m.name, "spec": lasting(m.spec), "fingerprint": m.fingerprint, "sha256": m.sha256,
+               "files": m.fingerprint} for m in located]  # fmt: skip
         keep_files(merged, c.cleared(run.folder / "model"), "merge", of, request, measured)
     for folder, _ in made.values():
         c.cleared(folder)

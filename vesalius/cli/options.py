@@ -53,6 +53,8 @@ TaskSet = Annotated[
     _in(TASK_PANEL, "--task-set", help="KEY=VALUE, repeatable: a parameter of the task, or metric or scoring."),
 ]
 MOST_SEED = 2**32 - 1  # what numpy and torch both take
+MOST_STEPS = 1_000_000  # of a training
+MOST_ROWS = 1024  # of one of its steps
 Seed = Annotated[int, _in(RUN_PANEL, "--seed", help="Seed of everything drawn.", min=0, max=MOST_SEED)]
 NoSeed = Annotated[int, _in(RUN_PANEL, "--seed", help="Taken by every command; nothing is drawn here.")]
 Out = Annotated[Path | None, _in(RUN_PANEL, "--out", help="Folder that holds the runs; ./runs by default.")]

@@ -92,8 +92,9 @@ def prune(
     on plain text (LoRA, merged). Leaves an ordinary checkpoint, and a report.
     """
     from vesalius.change.prune import budget
-    from vesalius.change.ranking import RANKINGS
+    from vesalius.change.ranking import RANKINGS, from_run
     from vesalius.change.recover import recovery
+    from vesalius.records import sha256
 
     screen = machine.screen(where.as_json)
     if heads not in ("auto", "groups", "within", "keep"):
@@ -103,26 +104,33 @@ def prune(
     read = c.texts(screen, corpus, yardstick.card_text, *({recover} - {"none"}))
     if not Path(by).exists():
         RANKINGS.entry(by)
-    opened = c.causal(screen, model, machine, "parts are taken out of causal language models", dtype)
+    opened = c.to_change(screen, model, machine, "parts are taken out of causal language models", dtype)
     if recover != "none":
         recovery(
             model, recover, tokens, lr, c.row_length(opened), RECOVERY_ROWS, where.seed
         )  # refuses before anything is done
     plan = budget(opened, ratio, heads)  # type: ignore[arg-type]
+    finding = None if by in RANKINGS else from_run(opened, by)
     request = {
         "command": "prune", "model": opened.name, "model_fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
         "by": by, "ratio": ratio, "heads": heads, "others": others, "corpus": corpus, "rows": rows, "recover": recover,
         "tokens": tokens, "lr": lr, "control": control, "read": read, **card.request(),
     }  # fmt: skip
-    c.carry_out(screen, request, where, lambda run, line: _work(screen, run, opened, plan, card, request, line))
+    if finding is not None:  # the folder may hold another one some day
+        request["finding"] = sha256(Path(by) / "scores.parquet")
+    c.carry_out(
+        screen, request, where, lambda run, line: _work(screen, run, opened, plan, finding, card, request, line)
+    )
 
 
-def _work(screen: Screen, run: Run, model: Any, plan: Any, card: c.Card, request: dict[str, Any], command: str) -> None:
+def _work(
+    screen: Screen, run: Run, model: Any, plan: Any, finding: Any, card: c.Card, request: dict[str, Any], command: str
+) -> None:
     import vesalius
     from vesalius.change import cut
     from vesalius.change.keeping import keep_change
     from vesalius.change.prune import choose, kept_table
-    from vesalius.change.ranking import RANKINGS, by_part, from_run
+    from vesalius.change.ranking import RANKINGS, by_part
     from vesalius.change.recover import recover, recovery
     from vesalius.cli.train import Watching
     from vesalius.corpus import plain_text
@@ -136,7 +144,7 @@ def _work(screen: Screen, run: Run, model: Any, plan: Any, card: c.Card, request
 
     with run.stage("rank", 1):
         by = request["by"]
-        scores = ranked(by) if by in RANKINGS else from_run(model, by)
+        scores = ranked(by) if finding is None else finding
         known = by_part(scores)
         lacking = [k for k, wanted in (("head", plan.heads), ("neuron", plan.neurons)) if wanted]
         lacking = [k for k in lacking if not any(p.kind == k for p in known)]

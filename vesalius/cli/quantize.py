@@ -117,7 +117,7 @@ def quantize(
     moved_scheme(bits)
     card = yardstick.card(where.seed, rows if yardstick.card_text == corpus else 0)
     read = c.texts(screen, corpus, yardstick.card_text)
-    opened = c.causal(
+    opened = c.to_change(
         screen, model, machine,
         "a card tells of causal language models; vesalius.change.quantize rounds others from Python",
         dtype or "float32",

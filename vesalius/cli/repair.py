@@ -67,8 +67,12 @@ def repair(
             "--gamma", help="Of --loops: what a repeat may keep of its probability.", rich_help_panel=TRAIN_PANEL
         ),
     ] = 0.5,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates.", rich_help_panel=TRAIN_PANEL)] = 60,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Examples of one.", rich_help_panel=TRAIN_PANEL)] = 8,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, max=o.MOST_STEPS, help="Updates.", rich_help_panel=TRAIN_PANEL)
+    ] = 60,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, max=o.MOST_ROWS, help="Examples of one.", rich_help_panel=TRAIN_PANEL)
+    ] = 8,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=TRAIN_PANEL)] = 5e-5,
     dtype: o.Dtype = None,
     *,
@@ -100,7 +104,7 @@ def repair(
     plan: Any = DittoPlan(steps, rows, lr, gamma, seed=where.seed)
     if bad is not None:
         plan = RepairPlan(steps, rows, lr, k, how, size, kind, leash, seed=where.seed)  # type: ignore[arg-type]
-    opened = c.causal(screen, model, machine, "causal language models are repaired", dtype)
+    opened = c.to_change(screen, model, machine, "causal language models are repaired", dtype)
     request = {
         "command": "repair", "model": opened.name, "model_fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
         "bad": "" if bad is None else sha256(bad), "loops": loops, "keep": keep, "keep_rows": keep_rows,

@@ -41,7 +41,10 @@ def sparsify(
         ),
     ] = "pst",
     rank: Annotated[
-        int, typer.Option("--rank", min=1, help="Of PST's scores and of its update.", rich_help_panel=SPARSE_PANEL)
+        int,
+        typer.Option(
+            "--rank", min=1, max=1024, help="Of PST's scores and of its update.", rich_help_panel=SPARSE_PANEL
+        ),
     ] = 8,
     on: Annotated[
         str,
@@ -55,9 +58,12 @@ def sparsify(
     texts: Annotated[
         int, typer.Option("--texts", min=2, help="Texts of a corpus, 128 tokens each.", rich_help_panel=TRAIN_PANEL)
     ] = 256,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates.", rich_help_panel=TRAIN_PANEL)] = 200,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, max=o.MOST_STEPS, help="Updates.", rich_help_panel=TRAIN_PANEL)
+    ] = 200,
     rows: Annotated[
-        int, typer.Option("--rows", min=1, help="Texts or examples of one.", rich_help_panel=TRAIN_PANEL)
+        int,
+        typer.Option("--rows", min=1, max=o.MOST_ROWS, help="Texts or examples of one.", rich_help_panel=TRAIN_PANEL),
     ] = 8,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=TRAIN_PANEL)] = 3e-4,
     control: Annotated[
@@ -90,7 +96,7 @@ def sparsify(
     examples = read_lesson(on)
     card = yardstick.card(where.seed, texts_read(texts) if yardstick.card_text == on else 0)
     read = c.texts(screen, yardstick.card_text, *([on] if examples is None else []))
-    opened = c.causal(
+    opened = c.to_change(
         screen, model, machine,
         "the command makes causal language models sparse, vesalius.change.sparse.sparsify any in Python", dtype,
     )  # fmt: skip

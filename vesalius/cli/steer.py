@@ -85,12 +85,16 @@ def steer(
             rich_help_panel=TRAIN_PANEL,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of training.", rich_help_panel=TRAIN_PANEL)] = 500,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, max=o.MOST_STEPS, help="Of training.", rich_help_panel=TRAIN_PANEL)
+    ] = 500,
     lr: Annotated[float, typer.Option("--lr", help="Learning rate.", rich_help_panel=TRAIN_PANEL)] = 2e-5,
     lam: Annotated[
         float, typer.Option("--lam", min=0, max=1, help="Weight of language modelling.", rich_help_panel=TRAIN_PANEL)
     ] = 0.8,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of a batch.", rich_help_panel=TRAIN_PANEL)] = 4,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, max=o.MOST_ROWS, help="Rows of a batch.", rich_help_panel=TRAIN_PANEL)
+    ] = 4,
     tokens: w.Tokens = 60,
     n: w.Number = 1,
     temperature: w.Temperature = 0.0,

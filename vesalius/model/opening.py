@@ -51,4 +51,5 @@ def open_model(
     located = resolve(str(spec), trust_remote_code=trust_remote_code, progress=progress)
     hf, found = load(located, dtype, device, device_map=device_map, trust_remote_code=trust_remote_code)
     model = Model.wrap(hf, tokenizer or found, name=located.name, spec=str(spec))
-    return replace(model, origin={"from": located.origin, "sha256": located.sha256, "licence": located.licence})
+    told = {"from": located.origin, "sha256": located.sha256, "licence": located.licence, "files": located.fingerprint}
+    return replace(model, origin=told)

@@ -12,6 +12,7 @@ never half of one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from vesalius import checkpoints
 from vesalius.errors import ModelError, VesaliusError
 from vesalius.model import int8_files
 from vesalius.model.model import Model
+from vesalius.model.sources import lasting
 from vesalius.model.sources.quiet import quiet_transformers
 from vesalius.records import dump
 
@@ -29,17 +31,24 @@ RECORD = "vesalius.json"
 
 
 def new_folder(folder: str | Path, what: str = "model") -> Path:
-    """The folder, if nothing is in it yet.
+    """The folder, if nothing is in it yet and one can be made there.
 
     Raises:
-        VesaliusError: if it is a file, or holds something.
+        VesaliusError: if it is a file, holds something, or lies where nothing can be written.
     """
     place = Path(folder).expanduser()
     try:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise VesaliusError(f"'{place}' is there already; name a new or an empty folder for the {what}")
+        if place.is_symlink() or not place.name:  # a folder is written beside its place and renamed
+            raise VesaliusError(f"'{place}' is a link or the folder you are in; name a new folder for the {what}")
+        above = next(p for p in place.absolute().parents if p.exists() or p.is_symlink())
     except OSError as error:
         raise VesaliusError(f"'{place}' cannot be looked into ({error.strerror}); choose another folder") from error
+    if not above.is_dir():
+        raise VesaliusError(f"'{place}' cannot be made: {above} is no folder; name another one for the {what}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise VesaliusError(f"'{place}' cannot be made: {above} may not be written; name another one for the {what}")
     return place
 
 
@@ -52,8 +61,9 @@ def holds(folder: str | Path, story: Mapping[str, Any]) -> bool:
 
 
 def origin_of(model: Model) -> dict[str, Any]:
-    """How a record names the model that something was made of."""
-    return {"name": model.name, "spec": model.spec, "fingerprint": model.fingerprint}
+    """How a record names the model that something was made of; a folder from the root on, since folders move."""
+    spec = lasting(model.spec) if model.origin else model.spec
+    return {"name": model.name, "spec": spec, "fingerprint": model.fingerprint}
 
 
 def save_model(
@@ -103,3 +113,17 @@ def refuse_scattered(hf: PreTrainedModel, name: str) -> None:
     away = next((n for n, p in hf.named_parameters() if p.device.type == "meta"), None)
     if away is not None:
         raise ModelError(f"{name} is spread by device_map, {away} is not in memory; open it whole to change or save it")
+
+
+def refuse_rounded(hf: PreTrainedModel, name: str) -> None:
+    """Refuses to change a model whose linear maps are in whole numbers.
+
+    Raises:
+        ModelError: naming one of them.
+    """
+    maps = int8_files.rounded_maps(hf)
+    if maps:
+        raise ModelError(
+            f"{name} is in whole numbers ({next(iter(maps))} and more); change the model it was made of, and round "
+            "afterwards"
+        )

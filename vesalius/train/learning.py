@@ -81,6 +81,9 @@ def learn(
 
     Returns:
         One row a step: step, loss, lr, and what the objective logs.
+
+    Raises:
+        VesaliusError: if the loss, or after the last step a weight, is no number.
     """
     trainer = Trainer(
         model.hf,
@@ -100,6 +103,16 @@ def learn(
                 one = trainer.step()
                 rows.append({"step": one.step, "loss": one.loss, "lr": one.lr, **one.logs})
                 tell(f"step {step + 1} of {steps}: loss {one.loss:.3f}", (step + 1) / steps)
+        refuse_diverged(model)
     finally:
         model.hf.eval().requires_grad_(False)
     return pd.DataFrame(rows)
+
+
+def refuse_diverged(model: Model) -> None:
+    """Refuses weights that the last step made NaN or infinite: no loss after it tells."""
+    bad = [n for n, p in model.hf.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
+    if bad:
+        raise VesaliusError(
+            f"{len(bad)} of the weights are NaN or infinite after the last step ({bad[0]}); lower the learning rate"
+        )

@@ -10,6 +10,8 @@ from vesalius.model.sources.cache import cache_folder
 from vesalius.model.sources.catalogue import CatalogueRow, default_model, listing
 from vesalius.model.sources.loading import load
 from vesalius.model.sources.located import Located, Progress
-from vesalius.model.sources.resolving import resolve
+from vesalius.model.sources.resolving import lasting, resolve
 
-__all__ = ["CatalogueRow", "Located", "Progress", "cache_folder", "default_model", "listing", "load", "resolve"]
+__all__ = [
+    "CatalogueRow", "Located", "Progress", "cache_folder", "default_model", "lasting", "listing", "load", "resolve",
+]  # fmt: skip

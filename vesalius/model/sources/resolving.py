@@ -17,6 +17,7 @@ from vesalius.model.sources.hashing import remembered_sha256
 from vesalius.model.sources.located import Located, Progress, silent
 from vesalius.model.sources.spec import Folder, Gguf, Hub, Step, Wheel, exists, parse
 from vesalius.run_index import find_run
+from vesalius.runs import Run
 
 
 def resolve(
@@ -74,6 +75,20 @@ def resolve(
     if refetch:
         raise ModelError(f"'{spec}' is a folder of yours, not a copy of something: there is nothing to fetch again")
     return _from_folder(source, spec, store, tell, verify)
+
+
+def lasting(spec: str) -> str:
+    """The same source wherever one stands, and whatever a run trains on: paths from the root on, steps by number."""
+    known = catalogue()
+    if spec in known or spec.partition("@")[0] in known:
+        return spec
+    source = parse(spec, sorted(known))
+    if isinstance(source, Folder | Gguf):
+        return str(source.path.expanduser().absolute())
+    if isinstance(source, Step):
+        run, step = _step_of(source)
+        return f"{run.folder.absolute()}@{checkpoints.name_of(step)}"
+    return spec
 
 
 def _from_catalogue(
@@ -175,13 +190,8 @@ def _from_folder(folder: Folder, spec: str, store: Cache, tell: Progress, verify
 
 
 def _from_step(source: Step, spec: str) -> Located:
-    run = find_run(source.run if "/" not in source.run else str(Path(source.run).expanduser()))
-    place = run.folder / checkpoints.FOLDER
-    known = checkpoints.steps_in(place)
-    if not known:
-        raise ModelError(f"{run.folder} has no checkpoints; `vesalius train` makes runs that have")
-    step = known[-1] if source.step is None else source.step
-    folder = place / checkpoints.name_of(step)
+    run, step = _step_of(source)
+    folder = run.folder / checkpoints.FOLDER / checkpoints.name_of(step)
     checkpoints.check(folder)
     listed = {n: str(e["sha256"]) for n, e in checkpoints.manifest(folder).items() if checkpoint.is_shard(n)}
     checkpoint.weight_files(folder, spec)
@@ -189,6 +199,15 @@ def _from_step(source: Step, spec: str) -> Located:
     licence = "follows the corpus it was trained on"
     name = f"{run.request.get('model') or run.name}@step{step}"
     return Located(folder, name, spec, sha256, fingerprint, f"run {run.name}, step {step}", licence)
+
+
+def _step_of(source: Step) -> tuple[Run, int]:
+    """The run and the number of the step."""
+    run = find_run(source.run if "/" not in source.run else str(Path(source.run).expanduser()))
+    known = checkpoints.steps_in(run.folder / checkpoints.FOLDER)
+    if not known:
+        raise ModelError(f"{run.folder} has no checkpoints; `vesalius train` makes runs that have")
+    return run, known[-1] if source.step is None else source.step
 
 
 def _through_cache(
