@@ -235,3 +235,18 @@ def test_examples_of_too_many_tokens_or_none(changing: Changing, tmp_path: Path)
     file.write_text("\n".join(json.dumps({"prompt": " ", "good": " ", "bad": " "}) for _ in range(12)))
     for command, option in (("repair", "--bad"), ("sparsify", "--on"), ("forget", "--probes")):
         assert "leaves no token to foretell" in changing(command, option, file).error
+
+
+def test_a_prompt_that_is_no_text(base: Path, tmp_path: Path) -> None:
+    for prompt in ("caf\udce9", "\ud800"):  # what a terminal that is not UTF-8 hands on, and half a character
+        error = vesalius("write", prompt, "--model", base, "--out", tmp_path / "runs").error
+        assert "is not UTF-8 text, or holds half a character" in error
+
+
+def test_a_guide_that_diverges_in_its_last_step_is_not_delivered(base: Path, tmp_path: Path) -> None:
+    file, guide = tmp_path / "texts.csv", tmp_path / "guide"
+    file.write_text("text,label\n" + "".join(f"w{i % 40 + 5} w9 w8,{('w5', 'w6')[i % 2]}\n" for i in range(40)))
+    asked = ("steer", "--train", file, "--guide", guide, "--model", base, "--rows", 2, "--out", tmp_path / "runs")
+    assert "NaN or infinite" in vesalius(*asked, "--steps", 1, "--lr", "1e39").error
+    assert not guide.exists()
+    assert vesalius(*asked, "--steps", 2).code == 0 and guide.is_dir()

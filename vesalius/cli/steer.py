@@ -275,8 +275,9 @@ def _train(
     )
     with Watching(screen, quiet=True) as watcher:
         run = train(recipe, Path(out or "runs"), watcher=watcher)
+    trained = vesalius.open(f"{run}@last")  # refuses one that diverged in its last step, before it is delivered
     place = deliver(Path(resolve(f"{run}@last").folder), Path(folder))
-    made_guide = Guide.load(str(place), vesalius.open(str(place)))
+    made_guide = Guide.load(str(place), trained)
     log = pd.read_parquet(Path(str(run)) / "log.parquet")
     right = float(log["class_accuracy"].tail(20).mean())
     told = {

@@ -27,6 +27,7 @@ from vesalius.errors import VesaliusError
 from vesalius.model import Model
 from vesalius.model.decode import TRIES, Draw, Line, Step, decode
 from vesalius.model.stack import Stack
+from vesalius.rows import is_text
 
 Mode = Literal["word", "token"]
 
@@ -54,6 +55,10 @@ class Writer:
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt; the end of a text stands for an empty one."""
+        if not is_text(prompt):
+            raise VesaliusError(
+                f"the prompt {prompt[:40]!a} is not UTF-8 text, or holds half a character; write it whole"
+            )
         tokenizer: Any = self.model.tokenizer
         ids = [int(i) for i in tokenizer(prompt)["input_ids"]] if prompt else []
         if ids and ids[-1] in self.vocabulary.ends and len(ids) > 1:
