@@ -45,7 +45,8 @@ def learnt_opt(seed: int) -> Model:
         max_position_embeddings=64, word_embed_proj_dim=64, pad_token_id=None, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     if not folder.exists():
-        begun = Path(shutil.rmtree(f"{folder}.begun", ignore_errors=True) or f"{folder}.begun")
+        begun = Path(f"{folder}.begun")
+        shutil.rmtree(begun, ignore_errors=True)
         torch.manual_seed(seed)
         with quiet_transformers():
             tf.OPTForCausalLM(config).save_pretrained(begun)

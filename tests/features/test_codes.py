@@ -45,22 +45,37 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Pairs, lis
     return model, vesalius.task(path).pairs(model), [p in acting for p in model.parts(("head",))]
 
 
-def test_planted_heads_have_new_codes_and_shuffled_labels_tell_less(
-    subject: tuple[Model, Pairs, list[bool]],
-) -> None:
-    model, pairs, truth = subject
-    found = vesalius.find("sae-codes", model, pairs)
-    assert roc_auc_score(truth, found.values) >= 0.9
+@pytest.fixture(scope="module")
+def shuffled(subject: tuple[Model, Pairs, list[bool]]) -> np.ndarray:
+    """Scores of every head under labels drawn by chance, (shuffle, head)."""
+    model, pairs, _ = subject
     sides = [
         head_vectors(model, pairs, side, "z", pairs.reads[:, 0], rows_of(pairs)) for side in ("clean", "corrupted")
     ]
-    both = torch.cat(sides)
-    shuffled = []
+    both, found = torch.cat(sides), []
     for seed in range(6):
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(both)))
-        made = codes_of(list(found.parts), both[order[:10]], both[order[10:]], seeds=range(2), steps=100)
-        shuffled.append(roc_auc_score(truth, made.scores().mean(1)))
-    assert np.mean(shuffled) < 0.85, shuffled  # .72 over 40 shuffles: planted heads also vary most
+        made = codes_of(model.parts(("head",)), both[order[:10]], both[order[10:]], seeds=range(2), steps=100)
+        found.append(made.scores().mean(1))
+    return np.stack(found)
+
+
+def test_planted_heads_have_new_codes(subject: tuple[Model, Pairs, list[bool]]) -> None:
+    model, pairs, truth = subject
+    assert roc_auc_score(truth, vesalius.find("sae-codes", model, pairs).values) >= 0.9
+
+
+def test_planted_heads_have_more_new_codes_than_under_shuffled_labels_on_average(
+    subject: tuple[Model, Pairs, list[bool]], shuffled: np.ndarray
+) -> None:
+    model, pairs, truth = subject
+    found = vesalius.find("sae-codes", model, pairs)
+    assert (np.asarray(found.values)[truth] > shuffled[:, truth].mean(0)).all()
+
+
+@pytest.mark.xfail(strict=False, reason="planted heads also vary most: .72 over 40 shuffles, see the results page")
+def test_shuffled_labels_tell_nothing(subject: tuple[Model, Pairs, list[bool]], shuffled: np.ndarray) -> None:
+    assert np.mean([roc_auc_score(subject[2], s) for s in shuffled]) < 0.7
 
 
 def test_scores_count_codes_as_they_say() -> None:
