@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from vesalius.errors import RunError, VesaliusError
-from vesalius.records import dump, read_json, sha256, why, write_atomic
+from vesalius.records import Lock, dump, read_json, sha256, why, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,11 +88,15 @@ def write(
     if (folder / MANIFEST).exists() and not troubles(folder):
         return folder
     part = folder.with_name(folder.name + ".part")
+    lock = Lock(part)
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)
+        lock.acquire()  # two processes with one place in mind
+        _clear(part, lock.path)
+        if (folder / MANIFEST).exists() and not troubles(folder):
+            raise RunError("another process has just saved there")
         fill(part)
-        files = sorted(p for p in part.rglob("*") if p.is_file())
+        files = sorted(p for p in part.rglob("*") if p.is_file() and p != lock.path)
         shared = part.stat().st_mode & 0o666  # who may read the folder may read the files; safetensors says the owner
         for file in files:
             file.chmod(shared)
@@ -101,16 +105,28 @@ def write(
         write_atomic(part / MANIFEST, dump({"files": listed}))
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
+        (folder / lock.path.name).unlink()
         with contextlib.suppress(OSError):  # some file systems do not sync folders
             _flush(folder.parent)
-    except (OSError, SafetensorError, RunError) as error:
-        shutil.rmtree(part, ignore_errors=True)
+    except BaseException as error:
+        if lock.handle is not None:  # what another process writes stays
+            shutil.rmtree(part, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError, RunError)):
+            raise
         reason = str(error) if isinstance(error, RunError) else why(error)
         raise RunError(f"cannot save {folder}: {reason}; {remedy}") from error
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    finally:
+        lock.release()
     return folder
+
+
+def _clear(folder: Path, kept: Path) -> None:
+    """Takes away what a killed process left in a folder."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != kept:
+            path.unlink()
 
 
 def _flush(path: Path) -> None:
