@@ -4,7 +4,7 @@
     FOLDER/edit/             before and after of the weights that changed, where that is less than a copy of the model
 
 The way back is exact: an `edit/` is undone to the bit, and where there is none the model it was made of is fetched
-again, its sha256 compared, and copied.
+again and copied, the sha256 of its weights and of every file beside them compared.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from vesalius.change.edit import NOTE, Edit
 from vesalius.errors import ModelError, RunError, VesaliusError
 from vesalius.model import Model
 from vesalius.model.saving import RECORD, new_folder, origin_of, save_model
-from vesalius.records import dump, plain, read_json
+from vesalius.model.sources.checkpoint import is_shard, weight_files
+from vesalius.records import dump, plain, read_json, sha256
 
 EDIT = "edit"
+OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz"}
 
 
 def keep_change(
@@ -49,6 +51,8 @@ def keep_change(
         "card": [] if card is None else plain(card.to_dict("records")),
         "undo": "edit" if edit is not None else "base",
     }
+    if edit is None and "folder" in base.origin:
+        told["of"]["beside"] = beside(Path(base.origin["folder"]))
 
     def further(part: Path) -> None:
         if edit is not None:
@@ -78,6 +82,19 @@ def keep_files(
         (part / RECORD).write_bytes(dump(told))
 
     return checkpoints.write(new_folder(folder), fill, "free some space, or choose another folder")
+
+
+def beside(folder: Path) -> dict[str, str]:
+    """The files of a checkpoint beside its weights, with their sha256: those listed when it was saved, or all in it.
+
+    Folders made inside it later are none of its own, nor are its weights again in another format.
+    """
+    if (folder / checkpoints.MANIFEST).is_file():
+        listed = checkpoints.manifest(folder)
+        kept = (n for n in sorted(listed) if not is_shard(n) and not n.startswith("trainer/"))
+        return {n: str(listed[n]["sha256"]) for n in kept}
+    files = (p for p in folder.iterdir() if p.is_file() and p.suffix not in OTHER_WEIGHTS and not is_shard(p.name))
+    return {p.name: sha256(p) for p in sorted(files)}
 
 
 def _copied(source: Path, target: Path) -> None:
@@ -172,8 +189,28 @@ def restore(folder: str | Path, out: str | Path) -> Path:
         model = vesalius.open(str(place), dtype="auto")
         Edit.load(place / EDIT).undo(model)
         return save_model(model, target)
-    base = resolve(base_of(place))
+    spec = base_of(place)
+    source = resolve(spec).folder
+    names = [p.name for p in weight_files(source, spec)] + _unchanged(place, source, spec)
 
-    return checkpoints.write(
-        target, lambda part: _copied(base.folder, part), "free some space, or choose another folder"
-    )
+    def fill(part: Path) -> None:
+        for name in names:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, part / name)
+
+    return checkpoints.write(target, fill, "free some space, or choose another folder")
+
+
+def _unchanged(place: Path, source: Path, spec: str) -> list[str]:
+    """The files beside the weights that a changed model was made of, after each was compared."""
+    told = (story_of(place).get("of") or {}).get("beside")
+    if told is None:  # saved before they were recorded
+        return list(beside(source))
+    if not isinstance(told, dict) or any(Path(name).is_absolute() or ".." in Path(name).parts for name in told):
+        raise RunError(f"{place / RECORD} was changed by hand or is damaged; name the folder of a changed model")
+    for name, digest in told.items():
+        if not (source / name).is_file() or sha256(source / name) != digest:
+            raise ModelError(
+                f"{name} of {spec} is not what it was when {place} was made of it: put the old one back into {source}"
+            )
+    return list(told)

@@ -101,7 +101,7 @@ def _work(
 ) -> None:  # fmt: skip
     from dataclasses import replace
 
-    from vesalius.change.keeping import keep_files
+    from vesalius.change.keeping import beside, keep_files
     from vesalius.change.merge import MergePlan
     from vesalius.change.merge import merge as make
     from vesalius.model.sources import lasting
@@ -132,6 +132,7 @@ def _work(
     with run.stage("save", 1), screen.step("saving"):
         of = [{"name": m.name, "spec": lasting(m.spec), "fingerprint": m.fingerprint, "sha256": m.sha256,
                "files": m.fingerprint} for m in located]  # fmt: skip
+        of[0]["beside"] = beside(located[0].folder)
         keep_files(merged, c.cleared(run.folder / "model"), "merge", of, request, measured)
     for folder, _ in made.values():
         c.cleared(folder)

@@ -52,4 +52,4 @@ def open_model(
     hf, found = load(located, dtype, device, device_map=device_map, trust_remote_code=trust_remote_code)
     model = Model.wrap(hf, tokenizer or found, name=located.name, spec=str(spec))
     told = {"from": located.origin, "sha256": located.sha256, "licence": located.licence, "files": located.fingerprint}
-    return replace(model, origin=told)
+    return replace(model, origin=told | {"folder": str(located.folder)})
