@@ -80,6 +80,26 @@ def test_half_a_causal_model_beside_its_control(random_llama: Path, words: Path,
     assert vesalius(*given).json == told  # the run and the folder are found again
 
 
+def test_a_student_from_a_folder_that_holds_other_weights_later(
+    random_llama: Path, words: Path, tmp_path: Path
+) -> None:
+    small, recipe = tmp_path / "small", tmp_path / "student.yaml"
+    shutil.copytree(random_llama, small)
+    recipe.write_text(
+        f"name: student\nmodel: {{source: {small}}}\ndata: {{synthetic: markov}}\nsteps: 1\n"
+        "optimizer: {name: adamw, lr: 0.001}\n"
+    )
+    given = ("distil", "--teacher", random_llama, "--student", recipe, "--corpus", words, "--card-text", words,
+             "--steps", "0", "--runs", tmp_path / "runs", *QUICK, "--json")  # fmt: skip
+    first = vesalius(*given).json
+    assert vesalius(*given).json["run"] == first["run"]
+    hf = AutoModelForCausalLM.from_pretrained(small)
+    with torch.no_grad():
+        hf.lm_head.weight.mul_(2)
+    hf.save_pretrained(small)
+    assert vesalius(*given).json["run"] != first["run"]
+
+
 def test_an_encoder_with_sliding_windows_and_half_of_it(bert: Path, news: Path, tmp_path: Path) -> None:
     long, half = tmp_path / "long", tmp_path / "half"
     shared = ("--card-text", news, "--corpus", news, "--runs", tmp_path / "runs", *QUICK, "--json")

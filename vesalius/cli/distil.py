@@ -117,6 +117,8 @@ def distil(
         "steps": steps, "rows": rows, "row_length": row_length, "lr": lr, "temperature": temperature, "soft": soft,
         "hard": hard, "cosine": plan.cosine, "recipe": sides.recipe, "read": read, **card.request(),
     }  # fmt: skip
+    if sides.recipe and sides.recipe["source"]:  # files that another model may lie in tomorrow
+        request["student_fingerprint"] = sides.student.fingerprint
     c.carry_out(screen, request, where, lambda run, line: _work(screen, run, sides, plan, card, request, line))
 
 

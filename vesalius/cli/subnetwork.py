@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, drawn, records_of, set_threads, typed
+from vesalius.cli.changing import Machine
+from vesalius.cli.console import Screen, conclude, drawn, records_of, typed
+from vesalius.cli.groups import RunOptions, expanded
 from vesalius.runs import Run
 
 MASK_PANEL = "Masks"
@@ -15,7 +17,7 @@ MASK_PANEL = "Masks"
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("subnetwork")(subnetwork)
+    app.command("subnetwork")(expanded(subnetwork))
 
 
 def subnetwork(
@@ -62,14 +64,10 @@ def subnetwork(
     keep_model: Annotated[
         bool, typer.Option(help="Write the masked model as a checkpoint.", rich_help_panel=MASK_PANEL)
     ] = True,
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
     dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.Trust = False,
-    threads: o.Threads = None,
+    *,
+    where: RunOptions,
+    machine: Machine,
 ) -> None:
     """Find the subnetwork that predicts the next token from the current one alone.
 
@@ -79,8 +77,7 @@ def subnetwork(
     """
     from vesalius.features.subnetwork import MaskRecipe, learn_masks
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     recipe = MaskRecipe(
         target=target,  # type: ignore[arg-type]  # refused there
         steps=steps,
@@ -94,14 +91,21 @@ def subnetwork(
         held_out=held_out,
         check=check,
         controls=controls,
-        seed=seed,
+        seed=where.seed,
     )
-    opened = o.opened(screen, model, dtype, device, None, trust_remote_code)
+    opened = o.opened(screen, model, dtype, machine.device, None, machine.trust_remote_code)
     names = o.listed(corpus)
     command = typed()
     with screen.step("learning masks") as tell:
         folder = learn_masks(
-            opened, names, recipe, out=out, fresh=fresh, keep_model=keep_model, command_line=command, tell=tell
+            opened,
+            names,
+            recipe,
+            out=where.out,
+            fresh=where.fresh,
+            keep_model=keep_model,
+            command_line=command,
+            tell=tell,
         )
     run = Run.open(folder)
     drawn(screen, run)

@@ -10,7 +10,9 @@ import typer
 
 from vesalius import checkpoints
 from vesalius.cli import options as o
-from vesalius.cli.console import Screen, conclude, drawn, records_of, set_threads, stored_tables, typed
+from vesalius.cli.changing import Machine
+from vesalius.cli.console import Screen, conclude, drawn, records_of, stored_tables, typed
+from vesalius.cli.groups import RunOptions, expanded
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -21,7 +23,7 @@ TEXTS, TOKENS = 16, 64  # plain texts, and tokens of each
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("tune")(tune)
+    app.command("tune")(expanded(tune))
 
 
 def tune(
@@ -52,15 +54,11 @@ def tune(
         str, typer.Option("--corpus", help="Plain text to see what is lost (see `vesalius corpora`), a file, or none.")
     ] = "foldoc",
     also: Annotated[str, typer.Option("--also", help="Other tasks to see what is lost, with commas between.")] = "",
-    seed: o.Seed = 0,
-    out: o.Out = None,
-    as_json: o.AsJson = False,
-    fresh: o.Fresh = False,
     dtype: o.Dtype = None,
-    device: o.Device = None,
-    trust_remote_code: o.Trust = False,
     memory: o.Memory = o.MEMORY_DEFAULT,
-    threads: o.Threads = None,
+    *,
+    where: RunOptions,
+    machine: Machine,
 ) -> None:
     """Find the few heads and MLPs that do a task, knock them out, and train them alone.
 
@@ -74,17 +72,16 @@ def tune(
     from vesalius.features.tuning import Plan, split
     from vesalius.tasks import TASKS
 
-    screen = Screen(as_json)
-    set_threads(threads)
+    screen = machine.screen(where.as_json)
     o.check_memory(memory)
     if not 0 < share <= 1:
         raise VesaliusError(f"--share {share:g} is no share of the heads; give more than 0, up to 1")
-    plan = Plan(steps, rows, lr, seed=seed)
-    made = o.task_of(task, n, seed, task_set, default_n=n)
+    plan = Plan(steps, rows, lr, seed=where.seed)
+    made = o.task_of(task, n, where.seed, task_set, default_n=n)
     names = o.listed(also)
     for name in names:
         TASKS.entry(name)
-    opened: Any = o.opened(screen, model, dtype, device, None, trust_remote_code)
+    opened: Any = o.opened(screen, model, dtype, machine.device, None, machine.trust_remote_code)
     if opened.kind != "causal":
         raise VesaliusError(f"{opened.name} is {opened.kind}; parts are tuned in causal language models")
     longest = opened.n_positions or TOKENS
@@ -93,13 +90,13 @@ def tune(
         "command": "tune", "model": opened.name, "model_fingerprint": opened.fingerprint, "dtype": str(opened.dtype),
         "task": task, "task_fingerprint": made.fingerprint, "share": share, "mlps": mlps, "draws": draws,
         "train": train, "steps": steps, "rows": rows, "lr": lr, "corpus": corpus,
-        "text": None if text is None else text.tolist(), "also": names, "seed": seed,
+        "text": None if text is None else text.tolist(), "also": names, "seed": where.seed,
     }  # fmt: skip
     command = typed()
-    with Run.start(request, out, fresh, command) as run:
+    with Run.start(request, where.out, where.fresh, command) as run:
         if not run.done or (train and checkpoints.troubles(run.folder / "model")):
-            prompts = split(made.pairs(opened), seed)
-            controls = {x: vesalius.task(x, n=32, seed=seed).pairs(opened, require_single=True) for x in names}
+            prompts = split(made.pairs(opened), where.seed)
+            controls = {x: vesalius.task(x, n=32, seed=where.seed).pairs(opened, require_single=True) for x in names}
             _work(screen, run, opened, prompts, text, controls, plan, request | {"memory": memory}, command)
     drawn(screen, run)
     _show(screen, run)
