@@ -68,6 +68,25 @@ def test_adapters_change_nothing_at_first_and_are_merged_into_ordinary_checkpoin
     assert torch.allclose(made.trainer.model.eval()(ids).logits, merged, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+@pytest.mark.parametrize(
+    "settings", [{"r": 2, "lora_alpha": 4}, {"r": 2, "use_rslora": True, "rank_pattern": {"dense": 3}}]
+)
+def test_adapters_lie_beside_as_peft_keeps_them(
+    text: Path, parent: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = train(from_parent(text, parent, steps=4, parameters={"lora": settings}, optimizer__lr=0.05), tmp_path)
+    ids = torch.randint(20, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+    base = AutoModelForCausalLM.from_pretrained(parent / "steps" / "step12")
+    plain = base(ids).logits.detach()
+    both = PeftModel.from_pretrained(base, str(run / "steps" / "step4" / "adapter"))(ids).logits.detach()
+    merged = AutoModelForCausalLM.from_pretrained(run / "steps" / "step4")(ids).logits.detach()
+    assert torch.allclose(both, merged, atol=1e-5) and not torch.allclose(both, plain, atol=1e-2)
+
+
 def test_adapters_go_on_to_the_bit(text: Path, parent: Path, tmp_path: Path) -> None:
     import shutil
 

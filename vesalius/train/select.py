@@ -8,8 +8,10 @@ every step, so that it stays as it was to the last bit. Keys and values that sev
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from vesalius.checkpoints import save_tensors
 from vesalius.errors import PartError, UnknownName, VesaliusError
 from vesalius.model.anatomy import Anatomy, Side, read_anatomy
 from vesalius.model.weights import matrix
 from vesalius.parts import Part, parse_part
+from vesalius.records import dump
 from vesalius.train.plugs import Plug
 from vesalius.train.roles import roles
 
@@ -28,6 +32,7 @@ LORA_SETTINGS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "fan_in_fan_out",
 )  # fmt: skip
+ADAPTER = "adapter"  # of a checkpoint, holds its adapters by themselves
 LORA = "lora:"  # before the name of an adapter's tensor in the trainer's state
 
 
@@ -281,3 +286,21 @@ def plain_state(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, T
             for adapter in layer.active_adapters:
                 merged[f"{name}.weight"] = merged[f"{name}.weight"] + layer.get_delta_weight(adapter)
     return merged, adapters
+
+
+def save_adapter(model: Any, adapters: dict[str, Tensor], folder: Path) -> None:
+    """Writes adapters as peft keeps them, for `PeftModel.from_pretrained(base, folder)` and what serves adapters.
+
+    Args:
+        model: has the adapters. adapters: as of `plain_state`. folder: is made.
+    """
+    told = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_bytes(dump({k: _listed(v) for k, v in told.items()}))
+    named = {re.sub(r"\.default(?=\.|$)", "", n.removeprefix(LORA)): t for n, t in adapters.items()}
+    save_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": t for n, t in named.items()})
+
+
+def _listed(value: Any) -> Any:
+    """Sets in one order, so that two runs of one recipe leave the same bytes."""
+    return sorted(value) if isinstance(value, set) else value

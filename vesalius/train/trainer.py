@@ -35,7 +35,7 @@ from vesalius.train.objectives.base import Loss, Objective, Sample
 from vesalius.train.objectives.samples import model_inputs, read_tokens
 from vesalius.train.parallel import World, clip_grad_norm, gather_state, load_state, unwrap
 from vesalius.train.plugs import KEPT, Plug
-from vesalius.train.select import LORA, has_lora, plain_state
+from vesalius.train.select import ADAPTER, LORA, has_lora, plain_state, save_adapter
 
 Precision = Literal["float32", "bfloat16", "float16"]
 TOO_MUCH = "raise accumulate (the same step in smaller parts), or lower data.rows, data.length or the model's sizes"
@@ -265,6 +265,7 @@ class Trainer:
             self.world.barrier()
             return
         model: Any = unwrap(self.model)
+        adapters: dict[str, Tensor] = {}
         if has_lora(model):
             weights, adapters = plain_state(model, weights)
             tensors = tensors | adapters
@@ -279,6 +280,8 @@ class Trainer:
                 plug.written(place)
             if tokenizer is not None:
                 tokenizer.save_pretrained(place)
+            if adapters:
+                save_adapter(model, adapters, place / ADAPTER)
             if state:
                 checkpoints.save_tensors(place / checkpoints.STATE, tensors)
             (place / checkpoints.NOTE).parent.mkdir(exist_ok=True)
