@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from _page import RUNS, look_inside, run, table, write
 from _runs import is_quick, trained
@@ -16,17 +19,28 @@ from _steered import PROMPTS
 import vesalius
 from vesalius.corpus import synthetic_source
 from vesalius.features.codebooks import Codebooks, chosen, fit, pattern_labels
+from vesalius.features.codebooks.layer import Force
 from vesalius.features.dictionaries import corpus_rows, prompt_rows
 from vesalius.model import Model
 from vesalius.train import read_recipe
 
 SYSTEM = "Codebook features"
 Row = tuple[str, str, str]
-SMALL_PUSH = (
-    "Forcing puts the topic's code in place of the weakest of eight in six of thirty MLPs. Where no topic word comes "
-    "either way the rate says little, and an unchanged perplexity says that the push is small."
+Forced = dict[str, dict[int, int]]  # place -> group -> code
+STEERING = (
+    "Forcing puts the topic's code of a codebook at every token, in place of the weakest of eight or of all. How many "
+    "codebooks, the best first by F1 on held-out text, and in place of which, is chosen on one half of the prompts "
+    "(the most topic words at a perplexity at most 20 % higher); the rates are of the other half. Perplexity is of "
+    "what was written, under the fine-tuned model without codes."
 )
-TOPIC = r"(?i)\b(network|protocol|internet|packet|server|router|tcp|ip address)\w*"
+TOPIC = r"(?i)\b(king|queen|prince|princess|throne|kingdom|reign|crown)\w*"
+LAYERS = (4, 8, 12, 16, 20, 24)
+TRIED: list[tuple[int, Force]] = [
+    (18, "lowest"),
+    (18, "all"),
+    (60, "lowest"),
+    (60, "all"),
+]  # codebooks forced, in place of which codes
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,7 @@ class Size:
     written: int
 
 
-FULL = Size(30, 5, 1500, 500, 300, 64, 120, 1000, 40)
+FULL = Size(30, 5, 1500, 1000, 300, 64, 120, 1000, 40)
 QUICK = Size(5, 2, 40, 20, 20, 8, 0, 0, 0)
 
 
@@ -178,17 +192,17 @@ def fsm(size: Size, rows: list[Row]) -> str:
 
 
 @torch.no_grad()
-def continued(model: Model, books: Codebooks, codes: dict[str, dict[int, int]], tokens: int) -> tuple[float, float]:
+def continued(
+    model: Model, books: Codebooks, codes: Forced, how: Force, prompts: Sequence[str], tokens: int
+) -> tuple[float, float]:
     """Topic words for each hundred tokens written, and the perplexity of what was written under the plain model."""
-    import re
-
     hits, nll, count = 0, 0.0, 0
-    for seed, prompt in enumerate(PROMPTS[:16]):
+    for seed, prompt in enumerate(prompts):
         ids = prompt_rows(model, [prompt]).ids[0][None]
         torch.manual_seed(seed)
         with books.attached(model), ExitStack() as stack:
             for place, by in codes.items():
-                stack.enter_context(books.forcing(place, by, "lowest"))
+                stack.enter_context(books.forcing(place, by, how))
             made = model.hf.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=True, pad_token_id=0
             )
@@ -201,12 +215,20 @@ def continued(model: Model, books: Codebooks, codes: dict[str, dict[int, int]], 
     return 100 * hits / count, float(np.exp(nll / count))
 
 
+def topic_codes(fits: pd.DataFrame, n: int) -> Forced:
+    """The best code of each of the n codebooks that tell the topic best."""
+    found: dict[str, dict[int, int]] = {}
+    for row in fits.drop_duplicates(["place", "group"]).head(n).to_dict("records"):
+        found.setdefault(str(row["place"]), {})[int(row["group"])] = int(row["code"])
+    return found
+
+
 def language(size: Size, rows: list[Row]) -> str:
-    """SmolLM2 with codes on six MLPs."""
-    places = ",".join(f"L{i}.MLP" for i in (4, 8, 12, 16, 20, 24))
+    """SmolLM2 with codes on the heads and MLPs of six blocks."""
+    places = ",".join(f"L{i}.{x}" for i in LAYERS for x in ("z", "MLP"))
     told = run(
-        f"codebook train --at {places} --corpus foldoc --size {size.lm_codes} --k 8 --steps {size.lm_steps} --rows 4 "
-        "--length 64 --lr 1e-4 --plain"
+        f"codebook train --at {places} --corpus bible-web --size {size.lm_codes} --k 8 --steps {size.lm_steps} "
+        "--rows 4 --length 64 --lr 1e-4 --plain"
     )
     losses = told["losses"]
     rise, snap = losses["with codes"] - losses["model"], losses["codes put in"] - losses["model"]
@@ -218,21 +240,30 @@ def language(size: Size, rows: list[Row]) -> str:
         rise <= 0.5 and snap >= 2,
     )
     model, books = Codebooks.load(told["run"])
-    text = corpus_rows(model, ["foldoc"], 1, held_out_tokens=6000).held_out
+    text = corpus_rows(model, ["bible-web"], 1, held_out_tokens=6000).held_out
     found = chosen(model, books, text)
     fits = fit(found, pattern_labels(model, text, found, TOPIC))
-    codes = {str(p): {0: int(mine.iloc[0]["code"])} for p, mine in fits.groupby("place", sort=False)}
+    choosing, judging = PROMPTS[0:24:2], PROMPTS[1:24:2]
+    _, plain = continued(model, books, {}, "all", choosing, size.written)
+    tried = {(n, how): continued(model, books, topic_codes(fits, n), how, choosing, size.written) for n, how in TRIED}
+    fair = {k: rate for k, (rate, ppl) in tried.items() if ppl <= 1.2 * plain} or {k: -v[1] for k, v in tried.items()}
+    n, how = max(fair, key=fair.__getitem__)
+    base, base_ppl = continued(model, books, {}, "all", judging, 2 * size.written)
+    steered, ppl = continued(model, books, topic_codes(fits, n), how, judging, 2 * size.written)
     best = fits.iloc[0]
-    base, base_ppl = continued(model, books, {}, size.written)
-    steered, ppl = continued(model, books, codes, size.written)
     say(
         rows,
         "steering by a topic's codes: topic words at least three times as often, perplexity at most 20 % higher",
-        f"{steered:.2f} against {base:.2f} words in a hundred tokens; perplexity {ppl:.1f} against {base_ppl:.1f}; the "
-        f"best code has precision {best['precision']:.2f} and recall {best['recall']:.2f}",
+        f"{steered:.2f} against {base:.2f} words in a hundred tokens; perplexity {ppl:.1f} against {base_ppl:.1f} "
+        f"({n} codebooks, {how}); the best code has precision {best['precision']:.2f} and recall {best['recall']:.2f}",
         steered >= 3 * base > 0 and ppl <= 1.2 * base_ppl,
     )
-    return table(["held-out loss", "nats"], [[k, f"{v:.3f}"] for k, v in losses.items()])
+    settings = [[str(n), how, f"{rate:.2f}", f"{ppl:.1f}"] for (n, how), (rate, ppl) in tried.items()]
+    return "\n\n".join([
+        table(["held-out loss", "nats"], [[k, f"{v:.3f}"] for k, v in losses.items()]),
+        STEERING,
+        table(["codebooks", "in place of", "topic words in a hundred tokens", "perplexity"], settings),
+    ])  # fmt: skip
 
 
 def main() -> None:
@@ -254,7 +285,6 @@ def main() -> None:
         machine,
         "## SmolLM2-135M",
         smollm2,
-        SMALL_PUSH,
         seeds="one seed",
     )
     look_inside(SYSTEM, rows, "python studies/codebooks.py", "look-inside-codebooks")

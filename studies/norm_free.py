@@ -36,7 +36,7 @@ class Size(NamedTuple):
     d_model: int
 
 
-FULL = Size(800, 300, 20, 64)
+FULL = Size(800, 300, 160, 64)
 QUICK = Size(30, 70, 0, 32)
 
 
@@ -188,14 +188,14 @@ def smollm2(size: Size) -> tuple[list[str], list[list[Any]]]:
     """Five norms before MLPs, beside as many steps with them."""
     runs = {}
     chosen, spread, at_once = cheapest()
-    norms = {"start": 4, "gap_mlp": 2, "gap_separators": 1, "gap_first": 2, "remove": chosen}
+    norms = {"start": 8, "gap_mlp": 8, "gap_separators": 8, "gap_first": 8, "remove": chosen}
     for what, section in (("vanilla", None), ("free", norms)):
         recipe = read_recipe(
             {
                 "preset": "norm-free",
                 "name": f"{what}-smollm2",
                 "model": {"source": "smollm2-135m"},
-                "data": {"corpus": "foldoc", "length": 64, "rows": 2, "held_out": 0.05},
+                "data": {"corpus": "foldoc", "length": 64, "rows": 4, "held_out": 0.05},
                 "optimizer": {"name": "adamw", "lr": 1e-4, "weight_decay": 0.0},
                 "parameters": {"only": chosen},
                 "norms": section,
@@ -218,7 +218,7 @@ def smollm2(size: Size) -> tuple[list[str], list[list[Any]]]:
         f"Tokens differ in size: before the MLP of {worst['norm'][:-4]} the largest of 512 is {worst['largest']:.0f}, "
         f"and half are below {worst['median']:.1f}. Each norm before an MLP was made a constant by itself, with no "
         f"training; the {FEWEST} that cost least ({', '.join(chosen)}) cost {at_once:+.3f} nats together. Then "
-        f"{size.smollm2} steps of 128 tokens of FOLDOC took them out one by one, training these MLPs alone, beside the "
+        f"{size.smollm2} steps of 256 tokens of FOLDOC took them out one by one, training these MLPs alone, beside the "
         f"same steps with the norms. Held-out loss: {before:.3f} nats before, {after:.3f} after the steps with norms, "
         f"{ours:.3f} after those that took them out.",
         table(["norm", "taken out at step", "constant", "size at first positions"], rows),
