@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import socket
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from vesalius.apply.writing.language import KNOWN, LineRule
 from vesalius.apply.writing.lexicon import Kind, Lines, Trie
 from vesalius.apply.writing.pieces import pieces
 from vesalius.apply.writing.sounds import dictionary, guessed_syllables, rhymes, syllables
-from vesalius.apply.writing.studio import application, offer
+from vesalius.apply.writing.studio import application, free, offer
 from vesalius.apply.writing.transforms import transformed
 from vesalius.errors import VesaliusError
 from vesalius.model import Model
@@ -297,3 +299,53 @@ def test_the_page_needs_nothing_from_outside_and_its_answers_are_json(model):
     assert answer["choices"] and all("a" not in c["text"].lower() for c in answer["choices"])
     refused = routes["/next"]({"rules": ["no such thing"]})
     assert refused.status_code == 400 and b"is no rule" in refused.body
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ({"rules": "no letter e"}, "rules are a list"),
+        ({"rules": None}, "rules are a list"),
+        ({"rules": [1]}, "rules are a list"),
+        ({"text": ["a"]}, "mode, prompt and text are texts"),
+        ({"mode": "letters"}, "neither 'word' nor 'token'"),
+        ({"text": "the " * 300}, "tiny reads 256: go on in a new text"),
+        ({"text": "sea " * 40_000}, "100,000 letters"),
+        ({"text": "a\ud800"}, "half a character"),
+        ({"prompt": "a\ud800"}, "half a character"),
+    ],
+)
+def test_nonsense_that_a_page_sends_is_told_in_a_line(model, sent, said):
+    pytest.importorskip("fastapi")
+    app = application(writer(model, []), "The old", [])
+    following = {r.path: r.endpoint for r in app.routes if hasattr(r, "endpoint")}["/next"]
+    answer = following({"rules": [], "prompt": "The old", "text": "", **sent})
+    assert answer.status_code == 400 and said in json.loads(answer.body)["error"]
+    assert following({"rules": [], "prompt": "", "text": ""})["choices"]
+
+
+def test_rules_changed_on_the_page_keep_the_options_of_the_command(model):
+    pytest.importorskip("fastapi")
+
+    def make(rules, mode):
+        made.append(tuple(rules))
+        return writer(model, rules, mode=mode, words=["water", "garden", "moon"])
+
+    made = []
+    first = make(["no letter z"], "word")
+    following = {r.path: r.endpoint for r in application(first, "", ["no letter z"], make).routes}["/next"]
+    for letter in "qxqxjkvbcqyz":  # eight sets of rules are kept ready, and that with z is the ninth
+        answer = following({"rules": [f"no letter {letter}"], "prompt": "The old", "text": ""})
+        told = {w for c in answer["choices"] for w in words_of(c["text"])}
+        assert told and told <= {"water", "garden", "moon"}
+    assert [rules[0][-1] for rules in made] == list("zqxjkvbcyz")
+
+
+def test_a_port_that_is_taken_is_refused_at_once():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(VesaliusError, match=f"port {port} cannot be used .*--port"):
+            free(port)
+    free(port)

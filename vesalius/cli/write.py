@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,7 +95,8 @@ def write(
     tokens were barred.
     """
     from vesalius.apply.writing import TRANSFORMS, drawing, known_rules, parse, writer
-    from vesalius.apply.writing.write import read_words
+    from vesalius.apply.writing.studio import free, serve
+    from vesalius.apply.writing.write import Mode, Writer, read_words
 
     screen = Screen(where.as_json)
     if rules:
@@ -112,22 +114,18 @@ def write(
     lexicon = None if words is None else read_words(words)
     if not prompts and not studio:
         raise VesaliusError("there is nothing to go on from; give a PROMPT, or --studio to write yourself")
-    opened = w.causal(machine.opened(screen, model))
-    with screen.step("reading the rules"):
-        made = writer(
-            opened,
-            rule or [],
-            mode=mode,  # type: ignore[arg-type]
-            words=lexicon,
-            lines=lines,
-            transforms=names,
-            accents=accents,
-        )
     if studio:
-        from vesalius.apply.writing.studio import serve
+        free(port)
+    opened = w.causal(machine.opened(screen, model))
 
+    def under(rules: Sequence[str], mode: Mode) -> Writer:
+        return writer(opened, rules, mode=mode, words=lexicon, lines=lines, transforms=names, accents=accents)
+
+    with screen.step("reading the rules"):
+        made = under(rule or [], mode)  # type: ignore[arg-type]
+    if studio:
         screen.note(f"the studio is at http://127.0.0.1:{port}/ (Ctrl-C closes it)")
-        serve(made, (prompts or [""])[0], rule or [], port)
+        serve(made, (prompts or [""])[0], rule or [], port, under)
         return
     request = {
         "command": "write", "model": opened.name, "model_fingerprint": opened.fingerprint,

@@ -11,21 +11,28 @@ probability is the product over its tokens, each renormalised inside its mask.
 from __future__ import annotations
 
 import math
+import socket
 import threading
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vesalius.apply.writing.write import Writer, writer
+from vesalius.apply.writing.write import Mode, Writer, writer
 from vesalius.errors import VesaliusError
 from vesalius.model.decode import Reader
 from vesalius.model.stack import Stack
+from vesalius.rows import is_text
+
+Make = Callable[[Sequence[str], Mode], Writer]
 
 PAGE = Path(__file__).parent / "studio.html"
 SHOWN, GROWN = 12, 5  # words shown; tokens a word may be grown by
+HELD = 8  # sets of rules kept ready
+LONGEST = 100_000  # letters of a text that the page may send
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,19 @@ def offer(made: Writer, prompt: str, text: str, shown: int = SHOWN) -> Offer:
 
     Args:
         made: model and rules. prompt: what was given, which is not judged. text: written since.
+
+    Raises:
+        VesaliusError: for a text that is none, or leaves no room for a word.
     """
+    if not is_text(text):
+        raise VesaliusError("the text holds half a character; write it whole")
     stack = made.stack
     before = made.encode(prompt)
     ids = _continued(made, before, prompt, text)
+    room = made.model.n_positions
+    count = len(before) + len(ids)
+    if room and count + GROWN > room:
+        raise VesaliusError(f"the text has {count} tokens and {made.model.name} reads {room}: go on in a new text")
     row = list(before)
     stack.begin([row])
     vocabulary = made.vocabulary
@@ -156,8 +172,12 @@ def _grown(
     return sorted(found.values(), key=lambda c: -c.share)[:shown]
 
 
-def application(made: Writer, prompt: str, sentences: Sequence[str]) -> Any:
+def application(made: Writer, prompt: str, sentences: Sequence[str], make: Make | None = None) -> Any:
     """The studio as an ASGI application.
+
+    Args:
+        made: what the page begins with. prompt, sentences: of it.
+        make: the writer of other rules, when they are changed on the page; by default with no further options.
 
     Raises:
         VesaliusError: without fastapi.
@@ -170,8 +190,17 @@ def application(made: Writer, prompt: str, sentences: Sequence[str]) -> Any:
     from vesalius.apply.writing.language import known_rules
 
     app = FastAPI(title="Vesalius studio", docs_url=None, redoc_url=None, openapi_url=None)
-    held: dict[tuple[Any, ...], Writer] = {(tuple(sentences), made.mode): made}
+    again: Make = make or (lambda rules, mode: writer(made.model, rules, mode=mode))
+    held: OrderedDict[tuple[Any, ...], Writer] = OrderedDict([((tuple(sentences), made.mode), made)])
     lock = threading.Lock()
+
+    def under(rules: tuple[str, ...], mode: Mode) -> Writer:
+        if (rules, mode) not in held:
+            held[rules, mode] = again(rules, mode)
+        held.move_to_end((rules, mode))
+        while len(held) > HELD:
+            held.popitem(last=False)
+        return held[rules, mode]
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
@@ -187,13 +216,10 @@ def application(made: Writer, prompt: str, sentences: Sequence[str]) -> Any:
     @app.post("/next")
     def following(asked: dict[str, Any] = Body(...)) -> Any:  # noqa: B008  # the way fastapi declares a body
         """What may come after a text under rules."""
-        rules = tuple(str(r).strip() for r in asked.get("rules", []) if str(r).strip())
-        mode = str(asked.get("mode", made.mode))
         with lock:
             try:
-                if (rules, mode) not in held:
-                    held[rules, mode] = writer(made.model, rules, mode=mode)  # type: ignore[arg-type]
-                found = offer(held[rules, mode], str(asked.get("prompt", "")), str(asked.get("text", "")))
+                rules, mode, given, text = _read(asked, made.mode)
+                found = offer(under(rules, mode), given, text)
             except VesaliusError as error:
                 return JSONResponse({"error": str(error)}, status_code=400)
         return {
@@ -206,13 +232,40 @@ def application(made: Writer, prompt: str, sentences: Sequence[str]) -> Any:
     return app
 
 
-def serve(made: Writer, prompt: str, sentences: Sequence[str], port: int) -> None:
+def _read(asked: dict[str, Any], mode: str) -> tuple[tuple[str, ...], Mode, str, str]:
+    """What a page sent: rules, mode, prompt, text."""
+    rules, mode = asked.get("rules", []), asked.get("mode", mode)
+    prompt, text = asked.get("prompt", ""), asked.get("text", "")
+    if not isinstance(rules, list) or not all(isinstance(x, str) for x in (*rules, mode, prompt, text)):
+        raise VesaliusError("rules are a list of sentences; mode, prompt and text are texts")
+    if mode not in ("word", "token"):
+        raise VesaliusError(f"mode {mode!r} is neither 'word' nor 'token'")
+    if len(prompt) + len(text) > LONGEST or sum(map(len, rules)) > LONGEST:
+        raise VesaliusError(f"more than {LONGEST:,} letters were sent; go on in a new text")
+    return tuple(r.strip() for r in rules if r.strip()), mode, prompt, text  # type: ignore[return-value]
+
+
+def free(port: int) -> None:
+    """Makes sure that a page can be served there.
+
+    Raises:
+        VesaliusError: if it cannot.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise VesaliusError(f"port {port} cannot be used ({error.strerror}); choose another with --port") from None
+
+
+def serve(made: Writer, prompt: str, sentences: Sequence[str], port: int, make: Make | None = None) -> None:
     """Serves the studio on this machine until it is interrupted.
 
     Raises:
         VesaliusError: without fastapi and uvicorn.
     """
-    app = application(made, prompt, sentences)
+    app = application(made, prompt, sentences, make)
     try:
         import uvicorn
     except ImportError:
