@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from vesalius.find.detectors.base import MARGIN, ask
 from vesalius.find.detectors.copying import eigenvalues
 from vesalius.find.detectors.kinds import kinds_of, series
 from vesalius.find.detectors.ov import bearing, head_values, opening, ov_logits
+from vesalius.find.detectors.successor import succession
 from vesalius.model import Model, Site
 
 FAMILIES = ["llama", "gpt2", "bloom", "gptj", "gemma2", "gpt-neox"]
@@ -118,7 +121,27 @@ def test_the_planted_successor_head_is_found_and_no_other(base: str, form: str) 
     assert np.median(scores.values[idle]) < 0.15
     place = [str(p) for p in scores.parts].index(head)
     assert scores.columns["masked"][place] >= 0.9 and scores.columns["q"][place] < 0.01
+    assert scores.columns["centred"][place] >= 0.9 and scores.columns["centred_q"][place] < 0.01
     assert set(scores.info["kinds"]) >= {"days", "months", "number words", "letters"}
+
+
+@pytest.mark.parametrize("base", ["gpt2", "llama"])
+def test_what_a_head_says_whatever_it_reads_is_taken_off(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planted("successor", base)
+    model = Model.wrap(made.hf, made.tokenizer, name="successor")
+    place = [str(p) for p in model.parts(("head",))].index(str(next(iter(made.roles))))
+    kinds = kinds_of(model)
+    plain = succession(model, kinds)
+
+    def louder(*given: object) -> Iterator[tuple[int, Tensor]]:
+        for layer, logits in ov_logits(*given):  # type: ignore[arg-type]
+            offset = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(layer))
+            yield layer, logits.double() + 3 * logits.abs().max() * offset
+
+    monkeypatch.setattr("vesalius.find.detectors.successor.ov_logits", louder)
+    found = succession(model, kinds)
+    assert found.values[place] < 0.3 and found.columns["centred"][place] >= 0.9
+    np.testing.assert_allclose(found.columns["centred"], plain.columns["centred"], atol=0.02)
 
 
 def test_series_take_the_form_that_the_vocabulary_has() -> None:

@@ -40,13 +40,15 @@ class Succession(Synthetic):
     """
 
     name = "succession"
-    defaults = {"numbers": 100, "noise": 8, "length": 7}
+    defaults = {"numbers": 100, "noise": 8, "length": 7, "successors": 0.5}
     numbers: int
     noise: int
+    successors: float
 
     def prepare(self) -> None:
         self.refuse_unless(self.length >= 4 and self.noise >= 1, "a length of at least 4 and noise of 1 are wanted")
         self.refuse_unless(10 <= self.numbers <= 100, "10 to 100 numbers are wanted")
+        self.refuse_unless(0 <= self.successors <= 1, "a share of NEXT from 0 to 1 is wanted")
         self.digits = 3 + self.noise
         self.vocab_size = self.digits + 20 + self.numbers + 7 + 12 + 26
         self.table, self.weights = self._questions()
@@ -98,6 +100,7 @@ class Succession(Synthetic):
             for name, kind in self.series.items():
                 known = range(kind.size if kind.around or question == SAME else kind.size - 1)
                 share = NUMBERS if name == "numbers" else (1 - NUMBERS) / 3
+                share *= self.successors if question == NEXT else 1 - self.successors
                 for n in known:
                     answer = n if question == SAME else (n + 1) % kind.size
                     rows.append((question, kind.first + n, kind.first + answer))

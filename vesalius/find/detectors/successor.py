@@ -45,20 +45,24 @@ def succession(model: Model, kinds: Sequence[Kind], form: Form = "contextual", s
     rng = np.random.default_rng([seed, len(tokens)])
     labels = [_shuffles(kind, rng) for kind in kinds]
     parts: list[Part] = []
-    hits, masked, greater, drawn, drawn_masked = [], [], [], [], []
+    hits, masked, centred, greater, drawn, drawn_masked, drawn_centred = [], [], [], [], [], [], []
     for layer, logits in ov_logits(model, values, tokens):
         parts += [Part("head", layer, h, stack=model.anatomy.main.prefix) for h in range(logits.shape[0])]
         rows = [_Hits(logits[:, [place[t] for t in k.tokens]][:, :, [place[t] for t in k.tokens]], k, s)
                 for k, s in zip(kinds, labels, strict=True)]  # fmt: skip
         hits.append(np.concatenate([r.hits for r in rows], axis=1))
         masked.append(np.concatenate([r.masked for r in rows], axis=1))
+        centred.append(np.concatenate([r.centred for r in rows], axis=1))
         greater.append(np.stack([r.greater for r in rows]).mean(0))
         drawn.append(sum(r.drawn for r in rows) / hits[-1].shape[1])
         drawn_masked.append(sum(r.drawn_masked for r in rows) / hits[-1].shape[1])
-    each, without = np.concatenate(hits), np.concatenate(masked)
+        drawn_centred.append(sum(r.drawn_centred for r in rows) / hits[-1].shape[1])
+    each, without, varying = np.concatenate(hits), np.concatenate(masked), np.concatenate(centred)
     columns = against(each.mean(1), np.concatenate(drawn))
     own = against(without.mean(1), np.concatenate(drawn_masked))
     columns |= {"masked": without.mean(1), "masked_null": own["null"], "masked_q": own["q"]}
+    own = against(varying.mean(1), np.concatenate(drawn_centred))
+    columns |= {"centred": varying.mean(1), "centred_null": own["null"], "centred_q": own["q"]}
     found = head_scores(parts, each, {**columns, "greater": np.concatenate(greater)}, unit="share of items")
     found.info.update(
         null_is="successors shuffled within each series",
@@ -85,7 +89,9 @@ class _Hits:
         alone.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         best = alone[:, items].argmax(2).numpy()
         self.hits, self.masked = (top == after).astype(float), (best == after).astype(float)
-        self.drawn, self.drawn_masked = _under(labels, top), _under(labels, best)
+        varying = (logits - logits.mean(1, keepdim=True))[:, items].argmax(2).numpy()
+        self.centred = (varying == after).astype(float)
+        self.drawn, self.drawn_masked, self.drawn_centred = (_under(labels, x) for x in (top, best, varying))
         n = logits.shape[1]
         column = torch.arange(n)
         compared = []
