@@ -59,6 +59,20 @@ def test_a_story_that_leads_out_of_the_folder(changed: tuple[Path, Path], tmp_pa
         restore(made, tmp_path / "back")
 
 
+def test_what_the_cache_notes_and_which_transformers_wrote_the_config_is_no_change(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny("llama").hf.save_pretrained(base)
+    (base / "vesalius-source.json").write_text('{"date": "2026-01-01"}')
+    model = vesalius.open(str(base))
+    made = keep_change(model, model, tmp_path / "changed", "prune", {})
+    (base / "vesalius-source.json").write_text('{"date": "2026-02-02"}')
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0.0"}))
+    back = restore(made, tmp_path / "back")
+    assert not (back / "vesalius-source.json").exists()
+    assert (back / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
 def test_the_files_of_a_saved_model_are_those_it_lists(changed: tuple[Path, Path], tmp_path: Path) -> None:
     base, _ = changed
     mine = save_model(vesalius.open(str(base)), tmp_path / "mine", {"change": "none"})

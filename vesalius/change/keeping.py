@@ -21,6 +21,7 @@ from vesalius.change.edit import NOTE, Edit
 from vesalius.errors import ModelError, RunError, VesaliusError
 from vesalius.model import Model
 from vesalius.model.saving import RECORD, new_folder, origin_of, save_model
+from vesalius.model.sources.cache import NOTE as NOTE_OF_CACHE
 from vesalius.model.sources.checkpoint import is_shard, weight_files
 from vesalius.records import dump, plain, read_json, sha256
 
@@ -94,7 +95,7 @@ def beside(folder: Path) -> dict[str, str]:
         kept = (n for n in sorted(listed) if not is_shard(n) and not n.startswith("trainer/"))
         return {n: str(listed[n]["sha256"]) for n in kept}
     files = (p for p in folder.iterdir() if p.is_file() and p.suffix not in OTHER_WEIGHTS and not is_shard(p.name))
-    return {p.name: sha256(p) for p in sorted(files)}
+    return {p.name: sha256(p) for p in sorted(files) if p.name != NOTE_OF_CACHE}
 
 
 def _copied(source: Path, target: Path) -> None:
@@ -209,7 +210,8 @@ def _unchanged(place: Path, source: Path, spec: str) -> list[str]:
     if not isinstance(told, dict) or any(Path(name).is_absolute() or ".." in Path(name).parts for name in told):
         raise RunError(f"{place / RECORD} was changed by hand or is damaged; name the folder of a changed model")
     for name, digest in told.items():
-        if not (source / name).is_file() or sha256(source / name) != digest:
+        same = name == "config.json" or (source / name).is_file() and sha256(source / name) == digest
+        if not same:  # what config.json says of the computation was compared with the weights
             raise ModelError(
                 f"{name} of {spec} is not what it was when {place} was made of it: put the old one back into {source}"
             )
