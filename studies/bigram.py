@@ -46,12 +46,12 @@ def rows_of(means: pd.DataFrame) -> list[list[Any]]:
 
 
 def chosen_strength(tried: dict[float, dict[str, Any]]) -> float:
-    """The largest price that keeps 95 % of the model's own r with the table; the best r within a fifth if none does."""
+    """The largest price at which r with the table is .95 or more; the best r within a fifth of the weights if none is."""
 
-    def r(strength: float, name: str = "subnetwork") -> float:
-        return float(variants(tried[strength])["r"][name])
+    def r(strength: float) -> float:
+        return float(variants(tried[strength])["r"]["subnetwork"])
 
-    good = [s for s in tried if r(s) >= 0.95 * r(s, "model")]
+    good = [s for s in tried if r(s) >= 0.95]
     small = [s for s in tried if float(tried[s]["share"]) <= 0.2]
     return max(good) if good else max(small or tried, key=r)
 
@@ -126,7 +126,7 @@ def planted(size: Size) -> tuple[list[str], list[list[Any]]]:
         f"`vesalius train --preset markov` ({size.train} steps): two layers, tied embeddings; nine tenths of the text "
         "are a Markov chain of 48 symbols, the rest spans of 8 symbols written twice. "
         f"`vesalius subnetwork {options.replace(str(root), 'RUN')} --strength {strength:g}`: of the strengths tried "
-        "the largest that keeps 95 % of the model's own r with the table, or the best r within a fifth of the weights.",
+        "the largest at which r with the table is .95 or more, or the best r within a fifth of the weights.",
         table(
             ["strength", "weights", "r with the table"],
             [[f"{s:g}", f"{t['share']:.1%}", f"{variants(t)['r']['subnetwork']:.3f}"] for s, t in tried.items()],
