@@ -46,7 +46,7 @@ def rows_of(means: pd.DataFrame) -> list[list[Any]]:
 
 
 def chosen_strength(tried: dict[float, dict[str, Any]]) -> float:
-    """The largest price at which r with the table is .95 or more; the best r within a fifth of the weights if none is."""
+    """The largest price at which r with the table is .95 or more; if none is, the best r within a fifth of them."""
 
     def r(strength: float) -> float:
         return float(variants(tried[strength])["r"]["subnetwork"])
