@@ -26,7 +26,7 @@ Claims = list[list[Any]]
 
 def planted(seed: int) -> dict[str, Any]:
     """Perplexities of one small OPT, as trained and with outliers; shifts found and planted."""
-    text, judged = unseen()
+    text, judged = unseen(seed)
     clean = learnt_opt(seed)
     model = with_outliers(clean, CHANNELS, SCALE, OFFSET * SCALE)
     found: dict[str, Any] = {

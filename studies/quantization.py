@@ -65,7 +65,7 @@ def planted_matrix(seed: int) -> dict[str, float]:
 
 def planted_model(seed: int) -> dict[str, float]:
     """A small GPT-2 whose norms are forty times as large in three channels, the next weights a fortieth."""
-    text, judged = unseen()
+    text, judged = unseen(seed)
     clean = learnt(GPT2, "gpt2", seed)
     model = with_outliers(clean, (5, 17, 40), 40.0)
     before, small = perplexity(clean, judged), llm_int8(model)
