@@ -397,3 +397,9 @@ def test_a_bug_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vesalius.model.sources.listing", fail)
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         vesalius("models")
+
+
+@pytest.mark.parametrize("given", [("--ratio=0.1", "--ratio", "x"), ("--ratio", "0.1", "--ratio=x"), ("--ratio=x",)])
+def test_of_an_option_that_is_repeated_the_last_value_is_told(given: tuple[str, ...]) -> None:
+    failed = vesalius("prune", *given)
+    assert failed.code == 2 and "not 'x' (see" in failed.error

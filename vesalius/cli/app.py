@@ -162,11 +162,14 @@ def _usage(error: Any, given: Sequence[str]) -> str:
     text = str(error.format_message()).rstrip()
     if not text:  # no command at all: the help was printed
         return ""
-    for name in getattr(getattr(error, "param", None), "opts", None) or ():
-        values = [v.partition("=")[2] for v in given if v.startswith(f"{name}=")]
-        values += [value for option, value in pairwise(given) if option == name]
-        if values and not any(repr(v) in text for v in values):
-            text = f"{text.rstrip('.')}, not {values[-1]!r}"
+    names = tuple(getattr(getattr(error, "param", None), "opts", None) or ())
+    values = []  # in the order given: of an option that is repeated the last one counts
+    for option, after in pairwise([*given, ""]):
+        name, equals, value = option.partition("=")
+        if name in names and (equals or after):
+            values.append(value if equals else after)
+    if values and not any(repr(v) in text for v in values):
+        text = f"{text.rstrip('.')}, not {values[-1]!r}"
     context = getattr(error, "ctx", None)
     return f"{text} (see `{context.command_path if context else 'vesalius'} --help`)"
 
