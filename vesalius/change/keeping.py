@@ -22,11 +22,10 @@ from vesalius.errors import ModelError, RunError, VesaliusError
 from vesalius.model import Model
 from vesalius.model.saving import RECORD, new_folder, origin_of, save_model
 from vesalius.model.sources.cache import NOTE as NOTE_OF_CACHE
-from vesalius.model.sources.checkpoint import is_shard, weight_files
+from vesalius.model.sources.checkpoint import OTHER_WEIGHTS, PICKLES, is_shard, weight_files
 from vesalius.records import dump, plain, read_json, sha256
 
 EDIT = "edit"
-OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz"}
 
 
 def keep_change(
@@ -94,7 +93,8 @@ def beside(folder: Path) -> dict[str, str]:
         listed = checkpoints.manifest(folder)
         kept = (n for n in sorted(listed) if not is_shard(n) and not n.startswith("trainer/"))
         return {n: str(listed[n]["sha256"]) for n in kept}
-    files = (p for p in folder.iterdir() if p.is_file() and p.suffix not in OTHER_WEIGHTS and not is_shard(p.name))
+    again = (*PICKLES, *OTHER_WEIGHTS, ".gguf")
+    files = (p for p in folder.iterdir() if p.is_file() and p.suffix not in again and not is_shard(p.name))
     return {p.name: sha256(p) for p in sorted(files) if p.name != NOTE_OF_CACHE}
 
 

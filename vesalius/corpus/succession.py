@@ -36,7 +36,8 @@ class Succession(Synthetic):
     """An item among noise, then NEXT (its successor) or SAME (itself). Scored: the answer, and a number's digit.
 
     Ids: 0 begin, 1 NEXT, 2 SAME, `noise` symbols, 10 last digits, 10 first digits, `numbers` numbers from 0, 7 days,
-    12 months, 26 letters. The best reader knows which digits a number has, but not which of the two comes.
+    12 months, 26 letters. A share `successors` of the rows asks NEXT. The best reader knows which digits a number has,
+    but not which of the two comes.
     """
 
     name = "succession"

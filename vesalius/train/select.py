@@ -8,7 +8,6 @@ every step, so that it stays as it was to the last bit. Keys and values that sev
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,10 +293,13 @@ def save_adapter(model: Any, adapters: dict[str, Tensor], folder: Path) -> None:
     Args:
         model: has the adapters. adapters: as of `plain_state`. folder: is made.
     """
+    from peft import get_peft_model_state_dict
+
     told = model.peft_config["default"].to_dict() | {"inference_mode": True}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_bytes(dump({k: _listed(v) for k, v in told.items()}))
-    named = {re.sub(r"\.default(?=\.|$)", "", n.removeprefix(LORA)): t for n, t in adapters.items()}
+    own = {n.removeprefix(LORA): t for n, t in adapters.items()}
+    named = get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False)
     save_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": t for n, t in named.items()})
 
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import socket
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -191,16 +191,11 @@ def application(made: Writer, prompt: str, sentences: Sequence[str], make: Make 
 
     app = FastAPI(title="Vesalius studio", docs_url=None, redoc_url=None, openapi_url=None)
     again: Make = make or (lambda rules, mode: writer(made.model, rules, mode=mode))
-    held: OrderedDict[tuple[Any, ...], Writer] = OrderedDict([((tuple(sentences), made.mode), made)])
     lock = threading.Lock()
 
+    @lru_cache(maxsize=HELD)
     def under(rules: tuple[str, ...], mode: Mode) -> Writer:
-        if (rules, mode) not in held:
-            held[rules, mode] = again(rules, mode)
-        held.move_to_end((rules, mode))
-        while len(held) > HELD:
-            held.popitem(last=False)
-        return held[rules, mode]
+        return made if (rules, mode) == (tuple(sentences), made.mode) else again(rules, mode)
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
@@ -238,8 +233,6 @@ def _read(asked: dict[str, Any], mode: str) -> tuple[tuple[str, ...], Mode, str,
     prompt, text = asked.get("prompt", ""), asked.get("text", "")
     if not isinstance(rules, list) or not all(isinstance(x, str) for x in (*rules, mode, prompt, text)):
         raise VesaliusError("rules are a list of sentences; mode, prompt and text are texts")
-    if mode not in ("word", "token"):
-        raise VesaliusError(f"mode {mode!r} is neither 'word' nor 'token'")
     if len(prompt) + len(text) > LONGEST or sum(map(len, rules)) > LONGEST:
         raise VesaliusError(f"more than {LONGEST:,} letters were sent; go on in a new text")
     return tuple(r.strip() for r in rules if r.strip()), mode, prompt, text  # type: ignore[return-value]
