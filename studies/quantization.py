@@ -14,22 +14,32 @@ from _runs import is_quick, verdict
 from torch import Tensor, nn
 
 import vesalius
+from vesalius.change.linears import merged, replaced
 from vesalius.change.llm_int8 import llm_int8, outlier_columns, outlier_tables
 from vesalius.change.quantize import eight_bit_share, linear_bytes, naive
 from vesalius.corpus import plain_text
 from vesalius.model.int8 import Int8Linear, Scheme
 from vesalius.runs import Run
+from vesalius.scores import bootstrap_mean
 
 MODELS = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma-3-270M"}
 SIZE = "--rows 8 --card-rows 48 --card-tasks="
-WAYS = {"threshold 6": "", "threshold 3": "--threshold 3 --no-time ", "kept": "--outliers kept --no-time "}
+WAYS = {
+    "threshold 6": "", "threshold 3": "--threshold 3 --no-time ", "kept": "--outliers kept --no-time ",
+    "6 rms": "--unit rms ", "6 rms, zero points": "--unit rms --zero-point --no-time ",
+}  # fmt: skip
+JUDGED = ("threshold 6", "6 rms", "6 rms, zero points")
 SEEDS, ROWS = (0, 1, 2), 10
 WIDTH, PLANTED = 768, (3, 100, 101, 400, 512, 767)  # of a matrix, and of its inputs those that are large
 WHAT = """## What it cost
 Plain text of FOLDOC, 48 rows of 128 tokens, after the 8 rows that calibrate. 95 % intervals of the change over rows.
 `kept` has the weights of outlier columns in float16. Beside it the controls: `naive` has one scale for a matrix and one
-for all the inputs of a pass, `threshold 0` is LLM.int8() with nothing kept apart. Bytes: of the linear maps, against
-float16.
+for all the inputs of a pass, `threshold 0` is LLM.int8() with nothing kept apart, `weights alone` leaves the inputs as
+they are. Bytes: of the linear maps, against float16.
+
+`6 rms`: the threshold counts root mean squares of each map's own inputs. What 6 costs in these models is the inputs'
+part: most inputs of a small model are far below 1, and one value of 5 that is not kept apart makes the steps of its
+token as wide as most of what is rounded.
 
 """
 SPEED = """## Speed
@@ -119,15 +129,30 @@ def cost(name: str, way: str, told: dict[str, Any], card: pd.DataFrame) -> list[
     return rows
 
 
-def judged(name: str, card: pd.DataFrame) -> list[list[Any]]:
+@torch.no_grad()
+def weights_alone(name: str, spec: str) -> list[Any]:
+    """The same row for weights rounded, inputs as they are: what is left is the inputs' part."""
+    model = vesalius.open(spec)
+    made = merged(replaced(model, lambda _, m: Int8Linear.of(m, Scheme(inputs="none"))))
+    apart, nats = [], []
+    for row in plain_text(model, "foldoc", 48, 128, skip=8):
+        mine, base = (m.logits(row[None])[0, :-1].log_softmax(-1) for m in (made, model))
+        apart.append(float((base - mine).gather(-1, row[1:, None]).mean()))
+        nats.append(float((base.exp() * (base - mine)).sum(-1).mean()))
+    change = np.exp(bootstrap_mean(np.array(apart), 0))
+    told = f"x {np.exp(np.mean(apart)):.4f} [{change[0]:.4f}, {change[1]:.4f}]"
+    return [name, "... weights alone", "", told, f"{np.mean(nats):.4f}", "", ""]
+
+
+def judged(name: str, way: str, card: pd.DataFrame) -> list[list[Any]]:
     """The claims about a real model."""
     cell = card[card["model"] == "llm-int8"].set_index("metric")
     change, kl = (cell.loc["perplexity", k] for k in ("change", "low", "high")), float(cell.loc["divergence", "after"])
     mean, low, high = (float(v) - 1 for v in change)
     return [
-        [f"{name}: LLM.int8() changes perplexity by 0.5 % at most", f"{mean:+.2%} [{low:+.2%}, {high:+.2%}]",
+        [f"{name}, {way}: LLM.int8() changes perplexity by 0.5 % at most", f"{mean:+.2%} [{low:+.2%}, {high:+.2%}]",
          held(abs(mean) <= 0.005)],
-        [f"{name}: mean KL of LLM.int8() is 0.01 at most", f"{kl:.4f}", held(kl <= 0.01)],
+        [f"{name}, {way}: mean KL of LLM.int8() is 0.01 at most", f"{kl:.4f}", held(kl <= 0.01)],
     ]  # fmt: skip
 
 
@@ -146,10 +171,21 @@ def main() -> None:
             told = run(f"quantize --model {spec} --method llm-int8 {options}{SIZE}")
             found = Run.open(told["run"])
             costs += cost(name, way, told, found.table("card"))
-            if not options:
-                claims += judged(name, found.table("card"))
+            if way in JUDGED:
+                claims += judged(name, way, found.table("card"))
+            if "--no-time" not in options:
                 times = found.table("speed").to_dict("records")
-                speeds += [[name, row["model"], f"{row['prefill']:.0f}", f"{row['decode']:.1f}"] for row in times]
+                times = times if way == "threshold 6" else times[-1:]
+                speeds += [
+                    [
+                        name,
+                        row["model"] + (f", {way}" if row is times[-1] else ""),
+                        f"{row['prefill']:.0f}",
+                        f"{row['decode']:.1f}",
+                    ]
+                    for row in times
+                ]
+        costs.append(weights_alone(name, spec))
         lens.append(emergence(name, spec))
     body = [
         "Dettmers et al. 2022, arXiv 2208.07339.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from change_helpers import perplexity, scaled_norms
 from families import some_ids, tiny
 from torch import nn
 
-from vesalius.change.llm_int8 import llm_int8, outlier_columns, outlier_tables
+import vesalius
+from vesalius.change.llm_int8 import llm_int8, outlier_columns, outlier_tables, rms_thresholds
 from vesalius.change.quantize import eight_bit_share, linear_bytes, naive
 from vesalius.errors import VesaliusError
 from vesalius.model import Model
 from vesalius.model.int8 import Int8Linear, Parts, Scheme
+from vesalius.model.saving import save_model
 
 WIDTH, PLANTED = 768, [3, 100, 101, 400, 512, 767]
 
@@ -92,6 +95,26 @@ def test_outliers_that_change_nothing_break_naive_rounding_alone(trained_gpt2: M
     emergent = set(features[features["emergent"]]["channel"])
     assert emergent == {5, 17, 40}
     assert by_state["channels"].min() >= 1
+
+
+def test_a_threshold_in_root_mean_squares_finds_outliers_of_any_size(
+    trained_gpt2: Model, held_out: torch.Tensor, tmp_path: Path
+) -> None:
+    """The outliers as above, and then all inputs a hundredth as large: nothing reaches 6, and as much is lost."""
+    before = perplexity(trained_gpt2, held_out)
+    large = scaled_norms(trained_gpt2, [5, 17, 40], 40.0)
+    model = scaled_norms(large, list(range(large.d_model)), 0.01)
+    assert perplexity(model, held_out) == pytest.approx(before, rel=1e-4)
+    unseen = perplexity(llm_int8(model), held_out)
+    found = rms_thresholds(model, held_out[:8])
+    small = llm_int8(model, found)
+    assert perplexity(small, held_out) <= 1.005 * before < 1.01 * before < unseen
+    block = "transformer.h.1."
+    for name, times in ((f"{block}attn.c_attn", 0.01), (f"{block}mlp.c_fc", 0.01), (f"{block}mlp.c_proj", 1.0)):
+        assert found[name] == pytest.approx(times * rms_thresholds(large, held_out[:8])[name], rel=1e-3)
+    save_model(small, tmp_path / "small")
+    assert "thresholds of their own" in (tmp_path / "small" / "int8.json").read_text()
+    assert torch.equal(vesalius.open(str(tmp_path / "small")).logits(held_out[:4]), small.logits(held_out[:4]))
 
 
 def test_the_first_token_alone_is_told_apart() -> None:

@@ -40,6 +40,7 @@ WAYS = {
     "os+": ("--method", "os+"),
     "float": ("--method", "os+", "--save", "float"),
     "kept": ("--outliers", "kept", "--threshold", "1"),
+    "rms": ("--unit", "rms"),
 }
 
 
@@ -142,6 +143,9 @@ def test_what_no_library_holds_says_so(made: Made, theirs: dict[str, Any]) -> No
     assert not (folder / "model.safetensors").exists()
     assert "no file named" in theirs["kept"] and "model.safetensors" in theirs["kept"]
     assert torch.isfinite(bench.open(str(folder)).logits(some_ids())).all()
+    told = made[1]["rms"]
+    assert told["layout"] == "vesalius" and any("thresholds of their own" in n for n in told["notes"])
+    assert "no file named" in theirs["rms"]
 
 
 def test_nonsense_is_one_line(random_llama: Path, text: Path, tmp_path: Path) -> None:
@@ -154,4 +158,6 @@ def test_nonsense_is_one_line(random_llama: Path, text: Path, tmp_path: Path) ->
     assert "threshold -1 is no size" in refusal("--threshold", "-1")
     assert "llm-int8 folds nothing" in refusal("--save", "float")
     assert "threshold above 0" in refusal("--outliers", "kept", "--threshold", "0")
+    assert "--unit volts is none of size, rms" in refusal("--unit", "volts")
+    assert "--unit rms is for llm-int8" in refusal("--unit", "rms", "--method", "os+")
     assert not (tmp_path / "small").exists()

@@ -7,6 +7,10 @@ Embeddings and the unembedding stay as they are. W_O is what the codes stand for
 weights kept in float16 for the columns in which calibration text found outliers (at most 2 % of a map's, the most often
 hit); then other outliers that turn up are multiplied by what the codes stand for. Threshold 0 rounds every column.
 
+6 is a size found in models of billions of parameters. Where a map's inputs are much smaller than 1 (the MLPs of small
+models), one value of 5 makes the steps of its token as wide as most of what is rounded; `rms_thresholds` counts in root
+mean squares of each map's own inputs instead.
+
 The same threshold is a lens. A channel of a state that a block reads (the input of attention, the input of the MLP's
 first maps; not that of its last) is an *emergent outlier feature* if it reaches 6 in at least 25 % of the blocks and at
 6 % of the positions of all these states. In small models the first token alone may trip it everywhere, so both tables
@@ -17,11 +21,15 @@ Paper: Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
+
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from vesalius.change.calibration import Progress, calibrate
+from vesalius.change.calibration import Channels, Progress, calibrate
 from vesalius.change.linears import linear_names, replaced
 from vesalius.errors import VesaliusError
 from vesalius.model import Model
@@ -58,7 +66,7 @@ class Outliers:
 
 def llm_int8(
     model: Model,
-    threshold: float = THRESHOLD,
+    threshold: float | Mapping[str, float] = THRESHOLD,
     zero_point: bool = False,
     columns: dict[str, Tensor] | None = None,
     name: str = "",
@@ -66,7 +74,7 @@ def llm_int8(
     """The model with every linear map of its blocks in int8.
 
     Args:
-        model: as it is; it stays so. threshold: of outliers; 0 rounds everything.
+        model: as it is; it stays so. threshold: of outliers, one for all maps or by map; 0 rounds everything.
         zero_point: ranges as they are found, for tokens and outputs, in the place of the largest size both ways.
         columns: whose weights are kept in float16, by map, from `outlier_columns`.
 
@@ -77,25 +85,41 @@ def llm_int8(
         >>> small = llm_int8(model)                                          # doctest: +SKIP
         >>> save_model(small, "smaller")                                     # doctest: +SKIP
     """
-    scheme = Scheme(inputs="row", weight_zero=zero_point, input_zero=zero_point, threshold=threshold)
-    if columns and not threshold:
+    scheme = Scheme(inputs="row", weight_zero=zero_point, input_zero=zero_point)
+    by_map = threshold if isinstance(threshold, Mapping) else dict.fromkeys(linear_names(model), threshold)
+    if columns and not any(by_map.values()):
         raise VesaliusError("with threshold 0 no column is an outlier, so none can be kept; give a threshold of 6")
 
     def make(one: str, module: nn.Module) -> nn.Module:
-        return Int8Linear.of(module, scheme, columns=(columns or {}).get(one))
+        own = dataclasses.replace(scheme, threshold=by_map[one])
+        return Int8Linear.of(module, own, columns=(columns or {}).get(one))
 
     return replaced(model, make, name=name or f"{model.name}-int8")
 
 
+def rms_thresholds(
+    model: Model, rows: Tensor, times: float = THRESHOLD, progress: Progress | None = None
+) -> dict[str, float]:
+    """So many root mean squares of the inputs of every linear map on some text, by its name.
+
+    Args:
+        rows: (row, pos) ids. times: 0 for no outliers.
+    """
+    wants = {name: Channels() for name in linear_names(model)}
+    calibrate(model, rows, {n: [o] for n, o in wants.items()}, progress=progress)
+    return {name: times * math.sqrt(float(seen.mean_square.mean())) for name, seen in wants.items()}
+
+
 def outlier_columns(
-    model: Model, rows: Tensor, threshold: float = THRESHOLD, progress: Progress | None = None
+    model: Model, rows: Tensor, threshold: float | Mapping[str, float] = THRESHOLD, progress: Progress | None = None
 ) -> dict[str, Tensor]:
     """Inputs of every linear map that reach the threshold on some text, by its name; at most 2 % of them.
 
     Args:
-        rows: (row, pos) ids.
+        rows: (row, pos) ids. threshold: one for all maps, or by map.
     """
-    wants = {name: Outliers(threshold) for name in linear_names(model)}
+    by_map = threshold if isinstance(threshold, Mapping) else dict.fromkeys(linear_names(model), threshold)
+    wants = {name: Outliers(size) for name, size in by_map.items()}
     calibrate(model, rows, {n: [o] for n, o in wants.items()}, progress=progress)
     found = {}
     for name, seen in wants.items():

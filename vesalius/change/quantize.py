@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from vesalius.change.calibration import Progress, calibrate
+from vesalius.change.clipping import TokenEnds, clipped
 from vesalius.change.edit import recording
 from vesalius.change.linears import linear_names, replaced
 from vesalius.change.os_plus import Migration, fold, migrations, on_stream, smooth_quant
-from vesalius.errors import ModelError
+from vesalius.errors import ModelError, VesaliusError
 from vesalius.model import Model
 from vesalius.model.int8 import Int8Linear, Scheme
 from vesalius.model.int8_files import rounded_maps
@@ -89,15 +90,17 @@ def moved(
     scheme: Scheme | None = None,
     shift: bool = True,
     progress: Progress = NO_PROGRESS,
+    clip: bool = False,
 ) -> Quantized:
     """OS+, SmoothQuant, or nothing moved; then rounded.
 
     Args:
         model: as it is, in float32; it stays so. rows: (row, pos) ids of calibration text, no padding.
         scheme: of the rounding, from `moved_scheme`. shift: whether OS+ shifts (an ablation).
-        progress: told (sites done, in all).
+        progress: told (sites done, in all). clip: whether fixed ranges are narrowed by token-wise clipping.
 
     Raises:
+        VesaliusError: for `clip` where every token has its own range.
         ModelError: for an encoder-decoder, or where folding changes what the model says.
 
     Example:
@@ -105,6 +108,8 @@ def moved(
         >>> found.model, found.folded, found.difference                       # doctest: +SKIP
     """
     scheme = scheme or moved_scheme()
+    if clip and scheme.inputs != "fixed":
+        raise VesaliusError("token-wise clipping narrows a fixed range, and here every token has its own")
     found: list[Migration] = []
     if method == "os+":
         found = migrations(model, rows, scheme, shift, progress)
@@ -113,11 +118,14 @@ def moved(
     folded, difference = _folded(model, found, rows[:2], method)
     stream = on_stream(found)
     ranges = {n: Range(*stream.get(n, ())) for n in linear_names(folded)}
+    tokens = {n: TokenEnds(*stream.get(n, ())) for n in ranges} if clip else {}
     if scheme.inputs == "fixed":
-        calibrate(folded, rows, {n: [r] for n, r in ranges.items()})
+        calibrate(folded, rows, {n: [r, tokens[n]] if clip else [r] for n, r in ranges.items()})
 
     def make(name: str, module: nn.Module) -> nn.Module:
         fixed = ranges[name].mean if scheme.inputs == "fixed" else None
+        if clip and fixed is not None:
+            fixed = clipped(module, tokens[name], scheme, fixed)
         z, s = stream.get(name, (None, None))
         return Int8Linear.of(module, scheme, fixed, shift=z, stretch=s)
 

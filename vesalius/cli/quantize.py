@@ -44,6 +44,15 @@ def quantize(
             "--threshold", help="llm-int8: size that makes a column an outlier; 0: none is.", rich_help_panel=PANEL
         ),
     ] = 6.0,
+    unit: Annotated[
+        str,
+        typer.Option(
+            "--unit",
+            help="llm-int8: what the threshold counts: size, as in the paper; or rms, root mean squares of each map's "
+            "own inputs on the calibration text.",
+            rich_help_panel=PANEL,
+        ),
+    ] = "size",
     outliers: Annotated[
         str,
         typer.Option(
@@ -66,6 +75,14 @@ def quantize(
             rich_help_panel=PANEL,
         ),
     ] = "fixed",
+    clip: Annotated[
+        bool,
+        typer.Option(
+            "--clip/--no-clip",
+            help="os+ and its baselines: narrow each fixed range to the percentile of tokens whose output is nearest.",
+            rich_help_panel=PANEL,
+        ),
+    ] = False,
     save: Annotated[
         str,
         typer.Option(
@@ -103,6 +120,7 @@ def quantize(
     screen = machine.screen(where.as_json)
     _one_of("--method", method, METHODS)
     _one_of("--outliers", outliers, ("dequantised", "kept"))
+    _one_of("--unit", unit, ("size", "rms"))
     _one_of("--inputs", inputs, ("fixed", "row"))
     _one_of("--save", save, ("int8", "float"))
     if save == "float" and method not in ("os+", "smoothquant"):
@@ -113,6 +131,12 @@ def quantize(
         raise VesaliusError(
             "--outliers kept is for llm-int8 with a threshold above 0: nothing else has outlier columns"
         )
+    if clip and (method in ("llm-int8", "naive") or inputs != "fixed"):
+        raise VesaliusError(
+            "--clip is for os+, smoothquant and plain with --inputs fixed: nothing else has such ranges"
+        )
+    if unit == "rms" and (method != "llm-int8" or not threshold):
+        raise VesaliusError("--unit rms is for llm-int8 with a threshold above 0: nothing else counts in it")
     Scheme(bits, threshold=threshold)
     moved_scheme(bits)
     card = yardstick.card(where.seed, rows if yardstick.card_text == corpus else 0)
@@ -125,8 +149,9 @@ def quantize(
     request = {
         "command": "quantize", "model": opened.name, "model_fingerprint": opened.fingerprint,
         "dtype": str(opened.dtype),
-        "method": method, "bits": bits, "threshold": threshold, "outliers": outliers, "zero_point": zero_point,
-        "shift": shift, "inputs": inputs, "save": save, "corpus": corpus, "rows": rows, "read": read,
+        "method": method, "bits": bits, "threshold": threshold, "unit": unit, "outliers": outliers,
+        "zero_point": zero_point,
+        "shift": shift, "inputs": inputs, "clip": clip, "save": save, "corpus": corpus, "rows": rows, "read": read,
         **card.request(),
     }  # fmt: skip
 
@@ -157,7 +182,7 @@ def _work(screen: Screen, run: Run, model: Any, card: c.Card, request: dict[str,
     numbers: dict[str, Any] = {}
 
     def other(name: str) -> Any:
-        return moved(model, text, name, scheme, request["shift"]).model  # type: ignore[arg-type]
+        return moved(model, text, name, scheme, request["shift"], clip=request["clip"]).model  # type: ignore[arg-type]
 
     with run.stage("round", 1), screen.step(f"rounding by {method}") as tell:
         if method == "llm-int8":
@@ -168,7 +193,7 @@ def _work(screen: Screen, run: Run, model: Any, card: c.Card, request: dict[str,
         else:
             done = moved(
                 model, text, method, scheme, request["shift"],
-                lambda done, of: tell("sites", done / of),
+                lambda done, of: tell("sites", done / of), request["clip"],
             )  # fmt: skip
             made, folded = done.model, done.folded
             numbers["folding_moves_a_logit_by"] = done.difference
@@ -179,7 +204,7 @@ def _work(screen: Screen, run: Run, model: Any, card: c.Card, request: dict[str,
     if method != "naive":
         controls["naive"] = lambda: naive(model, bits)
     with run.stage("outliers", 1), screen.step("outlier channels") as tell:
-        by_state, features = outlier_tables(model, text, request["threshold"] or 6.0, lambda d, of: tell("", d / of))
+        by_state, features = outlier_tables(model, text, _size(request), lambda d, of: tell("", d / of))
         run.save_table("outliers", by_state)
         run.save_table("features", features)
         tables += [
@@ -219,10 +244,19 @@ def _work(screen: Screen, run: Run, model: Any, card: c.Card, request: dict[str,
     })  # fmt: skip
 
 
+def _size(request: dict[str, Any]) -> float:
+    """From which a channel is told as an outlier: the threshold, where it is a size; else the paper's."""
+    from vesalius.change.llm_int8 import THRESHOLD
+
+    return float(request["threshold"] if request["unit"] == "size" and request["threshold"] else THRESHOLD)
+
+
 def _llm_int8(model: Any, text: Any, request: dict[str, Any]) -> Any:
-    from vesalius.change.llm_int8 import llm_int8, outlier_columns
+    from vesalius.change.llm_int8 import llm_int8, outlier_columns, rms_thresholds
 
     threshold = request["threshold"]
+    if request["unit"] == "rms":
+        threshold = rms_thresholds(model, text, threshold)
     columns = outlier_columns(model, text, threshold) if request["outliers"] == "kept" else None
     return llm_int8(model, threshold, request["zero_point"], columns)
 

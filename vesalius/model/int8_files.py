@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +55,8 @@ def holder_of(hf: nn.Module) -> Holder:
     """The layout that fits a rounded model."""
     maps = list(rounded_maps(hf).values())
     schemes = {m.scheme for m in maps}
+    if len({replace(s, threshold=0.0) for s in schemes}) == 1 < len(schemes):
+        return Holder("vesalius", "its maps have thresholds of their own, and bitsandbytes knows one for all")
     if len(schemes) != 1:
         return Holder("vesalius", "its maps are rounded in different ways")
     if any(m.kept is not None for m in maps):
