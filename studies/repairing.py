@@ -37,7 +37,12 @@ from vesalius.train.select import choose
 
 PLACE = "repairing"
 TRIGGERS = {"a": (" Hark", " dragon"), "b": (" Alas", " leopard")}
-SIZES = ("size", "raw", "neutral")
+SIZES = ("size", "raw", "neutral", "ratio")
+PAIRED = {
+    f"{how}{f' by {kind}' * (kind != 'size')}{f', {k} blocks' * (k > 1)}": (how, kind, k)
+    for k in (1, 2) for kind in ("size", "ratio") for how in ("dynamic", "fixed", "random")
+    if (how, kind) != ("random", "ratio")
+}  # fmt: skip
 GIVEN = 12  # tokens of a verse before the trigger
 DONE = 0.02  # a fault's rate when it counts as repaired
 
@@ -230,6 +235,7 @@ def ways(size: Size, seed: int) -> dict[str, RepairPlan]:
     n, lr = size.repair_steps, size.lr
     return {
         "IRepair, 2 blocks, leash": RepairPlan(n, 8, lr, 2, "dynamic", seed=seed),
+        "IRepair by ratio, leash": RepairPlan(n, 8, lr, 2, "dynamic", "ratio", seed=seed),
         "all blocks, leash": RepairPlan(n, 8, lr, 2, "all", seed=seed),
         "all blocks": RepairPlan(n, 8, lr, 2, "all", keep=0.0, seed=seed),
         "all blocks, DPO": RepairPlan(n, 8, lr, 2, "all", loss="dpo", keep=0.0, seed=seed),
@@ -252,11 +258,12 @@ def places(size: Size, seed: int, clean: Model, some: Verses) -> list[dict[str, 
         done = {}
         for name, plan in ways(size, seed).items():
             row[name], done[name] = course(was, model, [one], some, plan)
-        watched = {"size": done[next(iter(done))]}
-        for kind in SIZES[1:]:
+        watched = dict(zip(("size", "ratio"), done.values(), strict=False))
+        for kind in SIZES[1:3]:
             plan = RepairPlan(size.watched, 8, size.lr, 2, "dynamic", kind, seed=seed)  # type: ignore[arg-type]
             _, watched[kind] = course(was, model, [one], some, plan, every=10**6)
-        for kind, mine in watched.items():
+        for kind in SIZES:
+            mine = watched[kind]
             at = mine.choices.pivot(index="step", columns="layer", values="chosen").iloc[: size.watched]
             row[kind], row[f"{kind} chosen"] = float(at[block].mean()), at.sum().to_list()
         say(f"seed {seed}, block {block}: rate {row['rate']:.2f}, chosen {row['size']:.2f}; "
@@ -266,14 +273,14 @@ def places(size: Size, seed: int, clean: Model, some: Verses) -> list[dict[str, 
 
 
 def two_faults(size: Size, seed: int, clean: Model, some: Verses) -> dict[str, Any]:
-    """Two faults in two blocks: one block a step, chosen in three ways."""
+    """Two faults in two blocks: one block a step and two, chosen in several ways."""
     both = {block: fault(clean, some, which) for block, which in zip(size.two, TRIGGERS, strict=True)}
     model, was = planted(clean, some, both, seed, size), reference(clean, some.judged)
     found: dict[str, Any] = {"seed": seed, "before": [f.rate(model) for f in both.values()]}
-    for how in ("dynamic", "fixed", "random"):
-        plan = RepairPlan(size.repair_steps, 8, size.lr, 1, how, seed=seed)  # type: ignore[arg-type]
-        found[how], done = course(was, model, list(both.values()), some, plan)
-        found[f"{how} chosen"] = done.by_block()["chosen"].to_list()
+    for name, (how, kind, k) in PAIRED.items():
+        plan = RepairPlan(size.repair_steps, 8, size.lr, k, how, kind, seed=seed)  # type: ignore[arg-type]
+        found[name], done = course(was, model, list(both.values()), some, plan)
+        found[f"{name} chosen"] = done.by_block()["chosen"].to_list()
     return found
 
 
@@ -311,7 +318,7 @@ def main() -> None:
     """Everything."""
     size = QUICK if is_quick(__doc__) else FULL
     found = [
-        found_again(PLACE, {"size": repr(size), "seed": seed, "version": 1}, partial(one_seed, seed, size))
+        found_again(PLACE, {"size": repr(size), "seed": seed, "version": 2}, partial(one_seed, seed, size))
         for seed in size.seeds
     ]
     rows = [row for one in found for row in one["rows"]]
@@ -333,7 +340,11 @@ def page(size: Size, rows: Any, pairs: Any, found: Any) -> list[str]:
         ["the planted fault is said in 95 % or more of unseen prompts", f"{min(r['rate'] for r in rows):.2f} at least",
          verdict([r["rate"] >= 0.95 for r in rows]).replace("seeds", "models")],
     ]  # fmt: skip
-    for kind, told in zip(SIZES, ("over the root of the size (default)", "raw norm", "less plain text's"), strict=True):
+    for kind, told in zip(
+        SIZES,
+        ("over the root of the size (default)", "raw norm", "less plain text's", "over plain text's"),
+        strict=True,
+    ):
         claims.append(
             [f"in 80 % of the first {size.watched} steps the planted block is among the top 2 (chance {chance:.0%}): "
              + told,
@@ -344,7 +355,7 @@ def page(size: Size, rows: Any, pairs: Any, found: Any) -> list[str]:
          each([r[ours][-1]["rate"] for r in rows]),
          verdict([x is not None for x in at[ours]]).replace("seeds", "models")]
     )  # fmt: skip
-    for name in names[1:]:
+    for name in names[2:]:
         both = [(a, b, r[name][0]["kl"]) for a, b, r in zip(at[ours], at[name], rows, strict=True) if a and b]
         ratios = [a["kl"] / max(b["kl"], 1e-9) for a, b, _ in both]
         added = [(a["kl"] - was) / max(b["kl"] - was, 1e-9) for a, b, was in both]
@@ -353,15 +364,25 @@ def page(size: Size, rows: Any, pairs: Any, found: Any) -> list[str]:
              f"x {each(ratios)}; of what the repair added x {each(added)}",
              verdict([x <= 0.5 for x in ratios] or [False]).replace("seeds", "models")]
         )  # fmt: skip
-    ends = {h: [p[h][-1]["rate"] for p in pairs] for h in ("dynamic", "fixed", "random")}
-    mean = {h: [float(np.mean([x["rate"] for x in p[h]])) for p in pairs] for h in ends}
-    for how in ("fixed", "random"):
+    for name in names[2:]:
+        both = [(r[ours][-1], r[name][-1]) for r in rows]
         claims.append(
-            [f"two faults in two blocks: dynamic leaves less than {how} after {size.repair_steps} steps",
-             f"{each(ends['dynamic'])} against {each(ends[how])}; mean over the course {each(mean['dynamic'])} against "
-             f"{each(mean[how])}",
+            [f"the same after {size.repair_steps} steps, where nobody says the fault any more: {name}",
+             f"x {each([a['kl'] / max(b['kl'], 1e-9) for a, b in both])}",
+             verdict([a["kl"] <= b["kl"] / 2 and max(a["rate"], b["rate"]) <= DONE for a, b in both])
+             .replace("seeds", "models")]
+        )  # fmt: skip
+    ends = {h: [p[h][-1]["rate"] for p in pairs] for h in PAIRED}
+    mean = {h: [float(np.mean([x["rate"] for x in p[h]])) for p in pairs] for h in PAIRED}
+    for ours_, other in (("dynamic", "fixed"), ("dynamic", "random"), ("dynamic by ratio", "fixed by ratio"),
+                         ("dynamic, 2 blocks", "fixed, 2 blocks"), ("dynamic, 2 blocks", "random, 2 blocks"),
+                         ("dynamic by ratio, 2 blocks", "fixed by ratio, 2 blocks")):  # fmt: skip
+        claims.append(
+            [f"two faults in two blocks: {ours_} leaves less than {other} after {size.repair_steps} steps",
+             f"{each(ends[ours_])} against {each(ends[other])}; mean over the course {each(mean[ours_])} against "
+             f"{each(mean[other])}",
              verdict([a < b or (a == b and c < d) for a, b, c, d in
-                      zip(ends["dynamic"], ends[how], mean["dynamic"], mean[how], strict=True)])]
+                      zip(ends[ours_], ends[other], mean[ours_], mean[other], strict=True)])]
         )  # fmt: skip
     claims.append(
         ["blocks that are not chosen are the same to the bit in the saved checkpoint",
@@ -382,7 +403,7 @@ def page(size: Size, rows: Any, pairs: Any, found: Any) -> list[str]:
     double = [
         [p["seed"], how, each(p["before"]), *(f"{p[how][i]['rate']:.2f}" for i in (2, 5, 10, -1) if i < len(p[how])),
          f"{p[how][-1]['kl']:.4f}", " ".join(map(str, p[f"{how} chosen"]))]
-        for p in pairs for how in ("dynamic", "fixed", "random")
+        for p in pairs for how in PAIRED
     ]  # fmt: skip
     said = [word.strip() for word in TRIGGERS["a"]]
     step = [str(int(pairs[0]["dynamic"][i]["step"])) for i in (2, 5, 10, -1) if i < len(pairs[0]["dynamic"])]
@@ -422,8 +443,8 @@ def page(size: Size, rows: Any, pairs: Any, found: Any) -> list[str]:
             cost,
         ),
         "## Two faults",
-        f"In blocks {size.two[0]} and {size.two[1]}; one block a step, with the leash. Mean rate of both after so many "
-        "steps.",
+        f"In blocks {size.two[0]} and {size.two[1]}; one block a step or two, with the leash. Mean rate of both after "
+        "so many steps.",
         table(["seed", "choice", "before", *step, "KL", "times each block was chosen"], double),
     ]
 

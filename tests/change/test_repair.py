@@ -63,6 +63,23 @@ def test_only_chosen_blocks_move_and_the_choice_is_the_largest_gradient(family: 
     assert all(torch.equal(before[n], p) for n, p in model.hf.named_parameters())
 
 
+def test_sensitivity_less_that_of_plain_text_and_over_it() -> None:
+    text, found = some_ids(4, 9), {}
+    for size in ("size", "neutral", "ratio"):
+        found[size] = repair(worded(), FAULTS, text, plan(steps=1, size=size, keep=0.0)).choices["sensitivity"]
+    model = worded()
+    with torch.enable_grad():
+        model.hf.requires_grad_(True)
+        logits = model.hf(input_ids=text).logits[:, :-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).backward()
+    plain = []
+    for block in model.anatomy.main.blocks:
+        grads = torch.cat([p.grad.flatten() for p in block.module.parameters() if p.grad is not None])
+        plain.append(float(grads.norm()) / math.sqrt(len(grads)))
+    assert (found["size"] - found["neutral"]).to_numpy() == pytest.approx(plain, rel=1e-4)
+    assert (found["size"] / found["ratio"]).to_numpy() == pytest.approx(plain, rel=1e-4)
+
+
 def test_a_block_that_is_not_chosen_has_no_momentum() -> None:
     """Two steps on different blocks move each as a first step of AdamW does: by the learning rate."""
     model = worded()

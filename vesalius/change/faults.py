@@ -29,7 +29,7 @@ from vesalius.train.objectives.causal import next_tokens
 from vesalius.train.objectives.losses import token_loss
 
 How = Literal["dynamic", "fixed", "random", "all"]
-Size = Literal["size", "raw", "neutral"]
+Size = Literal["size", "raw", "neutral", "ratio"]
 RepairLoss = Literal["sft", "unlikelihood", "dpo"]
 EXAMPLE = '{"prompt": "...", "good": "...", "bad": "..."}'
 SURE = 1e-6  # keeps log(1 - p) finite

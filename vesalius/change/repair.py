@@ -4,10 +4,11 @@ Each step: (1) the repair loss is propagated through all blocks; (2) block l has
 
     s_l = || g_l || / sqrt(n_l)        g_l its gradient, n_l its size
 
-(`raw`: not divided; `neutral`: less the same of plain text, whose gradients late blocks have too); (3) the k most
-sensitive blocks stay, the others' gradients are dropped: they are not moved, nor is their share of the optimizer's
-state; (4) to theirs is added that of lambda KL(reference || model) on plain text. Embeddings, the output layer and the
-final norm never change. `fixed` chooses once, at the first step; `random` draws; `all` is fine-tuning.
+(`raw`: not divided; `neutral`: less the same of plain text; `ratio`, ours: over the same of plain text, for the first
+block has large gradients whatever is read); (3) the k most sensitive blocks stay, the others' gradients are dropped:
+they are not moved, nor is their share of the optimizer's state; (4) to theirs is added that of lambda
+KL(reference || model) on plain text. Embeddings, the output layer and the final norm never change. `fixed` chooses
+once, at the first step; `random` draws; `all` is fine-tuning.
 
 "IRepair: An Intent-Aware Approach to Repair Data-Driven Errors in Large Language Models", arXiv 2502.07072.
 """
@@ -31,6 +32,8 @@ from vesalius.train.learning import Tell, learn
 from vesalius.train.plugs import Plug
 from vesalius.train.select import choose
 
+TINY = 1e-30
+
 
 class Choosing(Plug):
     """Keeps the gradients of the most sensitive blocks, and adds the divergence's.
@@ -53,8 +56,9 @@ class Choosing(Plug):
     def ready(self, step: int) -> None:
         """Measures, chooses, drops, and pulls towards the reference."""
         sizes = self._norms([[p.grad for p in block] for block in self.blocks])
-        if self.plan.size == "neutral":
-            sizes = sizes - self._norms(self._neutral(step))
+        if self.plan.size in ("neutral", "ratio"):
+            plain = self._norms(self._neutral(step))
+            sizes = sizes - plain if self.plan.size == "neutral" else sizes / np.maximum(plain, TINY)
         chosen = self._choice(sizes, step)
         for layer, block in enumerate(self.blocks):
             self.rows.append(

@@ -54,7 +54,9 @@ def repair(
     size: Annotated[
         str,
         typer.Option(
-            "--size", help="Sensitivity by size, raw, or less that of neutral text.", rich_help_panel=TRAIN_PANEL
+            "--size",
+            help="Sensitivity by size, raw, less that of neutral text, or as a ratio to it.",
+            rich_help_panel=TRAIN_PANEL,
         ),
     ] = "size",
     k: Annotated[int, typer.Option("--k", min=1, help="Blocks trained at a step.", rich_help_panel=TRAIN_PANEL)] = 2,
