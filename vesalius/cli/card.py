@@ -11,7 +11,7 @@ import typer
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen, records_of
-from vesalius.cli.groups import expanded
+from vesalius.cli.groups import Machine, expanded
 
 COLUMNS = ("model", "metric", "unit", "before", "after", "change", "low", "high")
 
@@ -34,7 +34,7 @@ def card(
     as_json: o.AsJson = False,
     *,
     yardstick: c.TimedCardOptions,
-    machine: c.Machine,
+    machine: Machine,
 ) -> None:
     """Show what was changed in a model, how, and what it cost before and after; take the change back.
 
@@ -71,7 +71,7 @@ def card(
 
 
 def _measured(
-    screen: Screen, folder: Path, story: dict[str, Any], wanted: c.Card, machine: c.Machine
+    screen: Screen, folder: Path, story: dict[str, Any], wanted: c.Card, machine: Machine
 ) -> tuple[list[dict[str, Any]], list[str]]:
     from vesalius.change.keeping import base_of
     from vesalius.evaluate.card import cards, measure

@@ -15,7 +15,7 @@ import typer
 from vesalius import checkpoints
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen, conclude, drawn, typed
-from vesalius.cli.groups import Threaded
+from vesalius.cli.groups import Machine
 from vesalius.errors import TaskError, VesaliusError
 from vesalius.runs import Run
 
@@ -85,14 +85,6 @@ class RunOptions:
     runs: Runs = None
     as_json: o.AsJson = False
     fresh: o.Fresh = False
-
-
-@dataclass(frozen=True)
-class Machine(Threaded):
-    """Options of what the model is computed on, and whether its code is trusted."""
-
-    device: o.Device = None
-    trust_remote_code: o.Trust = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import typer
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen
-from vesalius.cli.groups import expanded
+from vesalius.cli.groups import Machine, expanded
 from vesalius.errors import ModelError, VesaliusError
 from vesalius.runs import Run
 
@@ -89,7 +89,7 @@ def distil(
     *,
     yardstick: c.TimedCardOptions,
     where: c.RunOptions,
-    machine: c.Machine,
+    machine: Machine,
 ) -> None:
     """Teach a smaller model what a larger one knows: half of its blocks, or a model of your own.
 

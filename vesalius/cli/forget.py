@@ -12,7 +12,7 @@ import typer
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen
-from vesalius.cli.groups import expanded
+from vesalius.cli.groups import Machine, expanded
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -111,7 +111,7 @@ def forget(
     *,
     yardstick: c.CardOptions,
     where: c.RunOptions,
-    machine: c.Machine,
+    machine: Machine,
 ) -> None:
     """Make a model forget a text (a book, a client's papers, a person), or a skill.
 

@@ -53,6 +53,14 @@ class Threaded:
 
 
 @dataclass(frozen=True)
+class Machine(Threaded):
+    """Options of what the model is computed on, and whether its code is trusted."""
+
+    device: o.Device = None
+    trust_remote_code: o.Trust = False
+
+
+@dataclass(frozen=True)
 class Opening(Threaded):
     """Options of how a model is opened, and of what it is computed on."""
 

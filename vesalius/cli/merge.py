@@ -10,7 +10,7 @@ import typer
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen
-from vesalius.cli.groups import expanded
+from vesalius.cli.groups import Machine, expanded
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -48,7 +48,7 @@ def merge(
     *,
     yardstick: c.CardOptions,
     where: c.RunOptions,
-    machine: c.Machine,
+    machine: Machine,
 ) -> None:
     """Merge models fine-tuned from one base: the skills of each, with no training.
 

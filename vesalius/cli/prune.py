@@ -10,7 +10,7 @@ import typer
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen
-from vesalius.cli.groups import expanded
+from vesalius.cli.groups import Machine, expanded
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -83,7 +83,7 @@ def prune(
     *,
     yardstick: c.TimedCardOptions,
     where: c.RunOptions,
-    machine: c.Machine,
+    machine: Machine,
 ) -> None:
     """Take heads and MLP neurons out of a model: it is smaller and faster, and opens in plain transformers.
 

@@ -12,7 +12,7 @@ import typer
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen
-from vesalius.cli.groups import expanded
+from vesalius.cli.groups import Machine, expanded
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -106,7 +106,7 @@ def quantize(
     *,
     yardstick: c.TimedCardOptions,
     where: c.RunOptions,
-    machine: c.Machine,
+    machine: Machine,
 ) -> None:
     """Round a model's linear maps to 8 bits or fewer and multiply them in whole numbers: half the bytes of float16.
 

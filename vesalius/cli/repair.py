@@ -9,7 +9,7 @@ import typer
 
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
-from vesalius.cli.groups import expanded
+from vesalius.cli.groups import Machine, expanded
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
@@ -80,7 +80,7 @@ def repair(
     *,
     yardstick: c.CardOptions,
     where: c.RunOptions,
-    machine: c.Machine,
+    machine: Machine,
 ) -> None:
     """Repair a fault where it is felt: at every step only the most sensitive blocks are trained, on a leash.
 

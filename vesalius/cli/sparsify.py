@@ -12,7 +12,7 @@ import typer
 from vesalius.cli import changing as c
 from vesalius.cli import options as o
 from vesalius.cli.console import Screen
-from vesalius.cli.groups import expanded
+from vesalius.cli.groups import Machine, expanded
 from vesalius.runs import Run
 
 SPARSE_PANEL = "What goes"
@@ -78,7 +78,7 @@ def sparsify(
     *,
     yardstick: c.CardOptions,
     where: c.RunOptions,
-    machine: c.Machine,
+    machine: Machine,
 ) -> None:
     """Make most weights of a model zero while it learns a task; which of them stay is learnt with few numbers.
 

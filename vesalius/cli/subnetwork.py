@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 
 from vesalius.cli import options as o
-from vesalius.cli.changing import Machine
 from vesalius.cli.console import Screen, conclude, drawn, records_of, typed
-from vesalius.cli.groups import RunOptions, expanded
+from vesalius.cli.groups import Machine, RunOptions, expanded
 from vesalius.runs import Run
 
 MASK_PANEL = "Masks"

@@ -10,9 +10,8 @@ import typer
 
 from vesalius import checkpoints
 from vesalius.cli import options as o
-from vesalius.cli.changing import Machine
 from vesalius.cli.console import Screen, conclude, drawn, records_of, stored_tables, typed
-from vesalius.cli.groups import RunOptions, expanded
+from vesalius.cli.groups import Machine, RunOptions, expanded
 from vesalius.errors import VesaliusError
 from vesalius.runs import Run
 
