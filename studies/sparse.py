@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ FULL = Size(300, 300, 8192, 1024, (0, 1, 2), (2e-3, 5e-3))
 QUICK = Size(5, 8, 64, 32, (0,), (1e-3,))
 RANK = 3  # so that scores' state is below a twentieth of the full matrix's at these sizes
 WAYS = ("pst", "full", "movement", "magnitude")
+AFTER = "dense, then dropped"
 
 
 def texts(n: int, seed: int, stream: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -129,6 +131,16 @@ def dense(model: Model, lr: float, seed: int, size: Size) -> Model:
     return whole
 
 
+@torch.no_grad()
+def at_once(whole: Model, names: Sequence[str]) -> Model:
+    """The trained model without the smallest numbers of some matrices, and not trained afterwards; in place."""
+    for name in names:
+        weight = whole.hf.get_submodule(name).weight
+        gone = weight.abs().flatten().argsort()[: zeros_of(SPARSITY, weight.numel())]
+        weight.view(-1)[gone] = 0.0
+    return whole
+
+
 def reloaded(done: Sparsified, ids: NDArray[np.int64]) -> tuple[bool, float]:
     """Whether every matrix has its exact number of zeros after save and reload, and the largest change of a logit."""
     with tempfile.TemporaryDirectory() as place:
@@ -161,12 +173,13 @@ def main() -> None:
     size = QUICK if is_quick(__doc__) else FULL
     rates, tried = rates_of(size)
     rows, exact, off, otherwise = [], [], [], []
-    accuracies: dict[str, list[float]] = {way: [] for way in (*WAYS, "dense")}
+    accuracies: dict[str, list[float]] = {way: [] for way in (*WAYS, "dense", AFTER)}
     counts: list[Sparsified] = []
     state: dict[str, int] = {}
     for seed in size.seeds:
         model, test = pretrained(seed, size), texts(size.test, seed, "test")
-        accuracies["dense"].append(accuracy(dense(model, 1e-3, seed, size).hf, *test))
+        whole = dense(model, 1e-3, seed, size)
+        accuracies["dense"].append(accuracy(whole.hf, *test))
         for way in WAYS:
             done = tuned(model, way, rates[way], seed, size)
             accuracies[way].append(accuracy(done.model.hf, *test))
@@ -177,22 +190,24 @@ def main() -> None:
             if way == "pst":
                 counts.append(done)
                 otherwise.append(float(np.average(done.maps["otherwise"], weights=done.maps["zeros"])))
-    for way in ("dense", *WAYS):
+        accuracies[AFTER].append(accuracy(at_once(whole, done.maps["name"].tolist()).hf, *test))
+    for way in ("dense", *WAYS, AFTER):
         rows.append([way, *(f"{a:.1f}" for a in accuracies[way]), f"{np.mean(accuracies[way]):.1f}"])
     by = {way: np.array(found) for way, found in accuracies.items()}
-    ahead = {way: by["pst"] - by[way] for way in WAYS[1:]}
+    ahead = {way: by["pst"] - by[way] for way in (*WAYS[1:], AFTER)}
     maps = counts[0].maps
     formula = sum(trained_numbers(int(a), int(b), RANK) for a, b in zip(maps["out"], maps["in"], strict=True))
-    whole = int((maps["out"] * maps["in"]).sum())
+    numbers = int((maps["out"] * maps["in"]).sum())
     share = state["pst"] / state["movement"]
     claims = [
         *([f"PST within 1.5 points of {name}", ", ".join(f"{x:+.1f}" for x in ahead[way]),
            verdict([x >= -1.5 for x in ahead[way]], bool(ahead[way].mean() >= -1.5))]
           for way, name in (("movement", "full-score movement"), ("full", "its own score in full"))),
-        ["PST 5 points or more above one-shot magnitude", ", ".join(f"{x:+.1f}" for x in ahead["magnitude"]),
-         verdict([x >= 5 for x in ahead["magnitude"]], bool(ahead["magnitude"].mean() >= 5))],
-        ["trained numbers are (n + k)(2r + 1) a matrix", f"{counts[0].trained_numbers:,} of {whole:,} "
-         f"({formula / whole:.1%}); the formula says {formula:,}",
+        *([f"PST 5 points or more above one-shot magnitude, {how}", ", ".join(f"{x:+.1f}" for x in ahead[way]),
+           verdict([x >= 5 for x in ahead[way]], bool(ahead[way].mean() >= 5))]
+          for way, how in ((AFTER, "after dense tuning"), ("magnitude", "before tuning, which then goes on"))),
+        ["trained numbers are (n + k)(2r + 1) a matrix", f"{counts[0].trained_numbers:,} of {numbers:,} "
+         f"({formula / numbers:.1%}); the formula says {formula:,}",
          "holds" if all(c.trained_numbers == formula for c in counts) else "does not hold"],
         ["every matrix has ceil(0.9 n k) zeros after save and reload", f"{sum(exact)} of {len(exact)} models",
          "holds" if all(exact) else "does not hold"],
@@ -214,7 +229,8 @@ def main() -> None:
         f"two? Accuracy on {size.test:,} other texts, chance {100 / KINDS**2:.0f} %. {SPARSITY:.0%} of every matrix of "
         f"the blocks go; classifier and pooler train beside them in every way. `pst` has rank {RANK}; `movement` has a "
         "score for every number and trains weights whole; `full` is the same, and counts a number's size too; "
-        "`magnitude` drops the smallest at once and trains what is left. `dense` drops nothing and trains everything.",
+        "`magnitude` drops the smallest at once and trains what is left. `dense` drops nothing and trains everything; "
+        f"`{AFTER}` is that model, its smallest numbers dropped at once.",
         table(["asked", "came out", ""], claims),
         "## Accuracy",
         table(["way", *(f"seed {s}" for s in size.seeds), "mean"], rows),
