@@ -416,12 +416,17 @@ def page(size: Size, rows: Any, pairs: Any, found: Any) -> list[str]:
         f"{size.text} rows of other text. Models are in the order of seeds, and of blocks "
         f"{', '.join(map(str, size.blocks))} in each.",
         table(["asked", "came out", ""], claims),
-        "The planted block is among the chosen by all three sensitivities, but so is the first block nearly always, "
-        "whatever was planted: with one block a step (below) it alone is chosen, never one of the two that hold the "
-        "faults, and choosing anew at every step is the same as choosing once. So a fault planted in the first block "
-        "would be found by any rule that likes it. Trained blocks are a third of the model, and the repair moves what "
-        "it need not by a quarter to a third less at equal repair, not by half: the leash and the low rate already "
-        "hold what all blocks would move, and the fault itself, before any repair, is most of the distance.",
+        "The planted block is among the chosen by the paper's three sensitivities, but so is the first block nearly "
+        "always, whatever was planted: with one block a step (below) it alone is chosen, never one of the two that "
+        "hold the faults, and choosing anew at every step is the same as choosing once. Over plain text's, the first "
+        "block is chosen no more than others: of two faults the two blocks that hold them come out, or one of them "
+        "with a neighbour, they move least, and choosing anew is worth something; but a single fault is found less "
+        "surely (a fault in block 0 is felt in all blocks after it). So a fault planted in the first block would be "
+        "found by any rule that likes it.",
+        "Trained blocks are a third of the model. At the moment of repair they have moved what they need not by a "
+        "quarter to a third less than all blocks, not by half: the fault itself, before any repair, is most of the "
+        "distance. Trained on, they keep still and all blocks go on drifting: after as many steps, with nothing left "
+        "to repair, theirs is about half of fine-tuning's divergence and a quarter of DPO's.",
         "## Where a fault is felt",
         f"Steps of {size.watched} in which each block was among the two that were trained.",
         table(["seed", "planted in", "sensitivity", "chosen", *(f"L{i}" for i in range(size.layers))], felt),
