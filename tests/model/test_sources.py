@@ -715,6 +715,16 @@ def test_offline_and_not_cached_says_what_there_is(hub_cache: Path, tmp_path: Pa
         resolve("someone/pythia-70", cache=tmp_path / "c")
 
 
+def test_a_folder_that_a_short_name_hides_is_named(
+    hub_cache: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").symlink_to(folder)
+    with pytest.raises(DownloadError, match="cannot be reached.*the folder 'gpt2' that is here is ./gpt2"):
+        resolve("gpt2", cache=tmp_path / "c")
+    assert resolve("./gpt2", cache=tmp_path / "c").folder.resolve() == folder.resolve()
+
+
 @pytest.mark.parametrize(
     "kind, reason",
     [

@@ -59,7 +59,12 @@ def resolve(
     name, _, revision = spec.partition("@")
     entry = catalogue().get(spec) or catalogue().get(name)
     if entry is not None:
-        return _from_catalogue(entry, spec, revision, store, trust_remote_code, tell, verify, refetch)
+        try:
+            return _from_catalogue(entry, spec, revision, store, trust_remote_code, tell, verify, refetch)
+        except DownloadError as error:
+            if exists(Path(spec)):
+                raise DownloadError(f"{error}; the folder '{spec}' that is here is ./{spec}") from error
+            raise
     source = parse(spec, sorted(catalogue()))
     if isinstance(source, Wheel):
         known = _same_files(source)
