@@ -88,3 +88,12 @@ def test_a_rule_is_learned_and_the_encoder_left_alone(encoder: tuple[Any, Any]) 
     again = finetune(model, tokenizer, train, LABELS, updates=3, lr=3e-3, seed=0)
     twice = finetune(model, tokenizer, train, LABELS, updates=3, lr=3e-3, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), twice.parameters(), strict=True))
+
+
+def test_a_token_classifier_of_the_same_labels_keeps_its_output_layer(encoder: tuple[Any, Any]) -> None:
+    made = token_classifier(encoder[0], LABELS)
+    kept, other = token_classifier(made, LABELS), token_classifier(made, [*LABELS, "B-OTHER"])
+    assert all(torch.equal(w, kept.state_dict()[n]) for n, w in made.state_dict().items())
+    assert kept is not made and other.classifier.weight.shape[0] == len(LABELS) + 1
+    other = token_classifier(made, list(reversed(LABELS)))
+    assert not torch.equal(other.classifier.weight, made.classifier.weight)

@@ -111,7 +111,10 @@ def entity_score(truth: Sequence[Sequence[str]], found: Sequence[Sequence[str]])
 
 
 def token_classifier(model: PreTrainedModel, labels: Sequence[str]) -> PreTrainedModel:
-    """A new token classifier with the body of an encoder; its output layer is random (torch's generator)."""
+    """A new token classifier with the body of an encoder; its output layer is random (torch's generator).
+
+    One that has these labels already keeps its output layer: so it is tuned further.
+    """
     config = type(model.config).from_dict(model.config.to_dict())
     config.num_labels, config.id2label = len(labels), dict(enumerate(labels))
     config.label2id = {name: i for i, name in enumerate(labels)}
@@ -126,6 +129,8 @@ def token_classifier(model: PreTrainedModel, labels: Sequence[str]) -> PreTraine
             f"{type(model).__name__} lacks {missing[0]} of a token classifier; give an encoder like BERT"
         )
     made_body.load_state_dict(kept)
+    if type(model) is type(made) and list(model.config.id2label.values()) == list(labels):
+        made.load_state_dict(model.state_dict())
     return made.to(device=next(model.parameters()).device, dtype=torch.float32)
 
 
@@ -172,7 +177,7 @@ def finetune(
     """Trains all weights of a token classifier (see `token_classifier`) and returns it, ready to answer.
 
     Args:
-        model: an encoder; it is left as it is.
+        model: an encoder, or a token classifier that is to learn more; it is left as it is.
         tokenizer: its fast tokenizer.
         sentences: what it learns from, in an order of its own in each pass.
         labels: all labels, O among them.

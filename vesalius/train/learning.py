@@ -73,11 +73,13 @@ def learn(
     plugs: Sequence[Plug] = (),
     tell: Tell = lambda what, share: None,
     weight_decay: float = 0.0,
+    optimizer: str = "adamw",
 ) -> pd.DataFrame:
-    """Updates the parameters that take gradients: AdamW, the rate rising and falling; no dropout.
+    """Updates the parameters that take gradients, the rate rising and falling; no dropout.
 
     Args:
         model: trained in place, and frozen when it is done. source, objective: as of the trainer. lr: peak.
+        optimizer: by name, as in a recipe.
 
     Returns:
         One row a step: step, loss, lr, and what the objective logs.
@@ -89,7 +91,7 @@ def learn(
         model.hf,
         source,
         objective,
-        make_optimizer("adamw", model.hf, lr=lr, weight_decay=weight_decay),
+        make_optimizer(optimizer, model.hf, lr=lr, weight_decay=weight_decay),
         make_schedule("linear", steps, warmup=0.1, final=0.0),
         seed=seed,
         world=World.single(model.device),
