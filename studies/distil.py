@@ -314,15 +314,16 @@ def claimed(size: Size, found: dict[str, list[dict[str, float]]], times: Any, ex
 
 
 LEARNT_FROM = (
-    "What it took, by pilots of one seed: a model that knows the language (hidden words cost 2.7 nats after 1,000 steps "
-    "of AdamW at 2e-3, 1.3 after 1,500 of Muon at 1e-2); positions tiled from the {learnt} that were trained (with a "
-    "table of 512 of which 64 were, the converted model began at 5.4 nats, not at 3.2); and many labelled stories, each "
-    "of which says only once which kind its first sentence's noun stands for. The loss of far mentions stays at chance "
-    "for about 300 updates of 16 short stories and then falls to nothing within 100; from 60 updates of 4 long stories "
-    "alone no model learnt it. Hidden words alone did not teach it in 500 to 1,800 steps, even with all telling nouns "
-    "hidden, two of them a kind instead of eight, and sentences that name noun and telling noun together; and what was "
-    "learnt from short labelled stories before distillation did not outlast it. So what tuning teaches is not in the "
-    "teacher when it gives its opinion, which can help students with the language alone."
+    "What it took, by pilots of one seed: a model that knows the language (hidden words cost 2.7 nats after 1,000"
+    " steps of AdamW at 2e-3, 1.3 after 1,500 of Muon at 1e-2); positions tiled from the {learnt} that were "
+    "trained (with a table of 512 of which 64 were, the converted model began at 5.4 nats, not at 3.2); and many "
+    "labelled stories, each of which says only once which kind its first sentence's noun stands for. The loss of "
+    "far mentions stays at chance for about 300 updates of 16 short stories and then falls to nothing within 100;"
+    " from 60 updates of 4 long stories alone no model learnt it. Hidden words alone did not teach it in 500 to "
+    "1,800 steps, even with all telling nouns hidden and two of them a kind instead of eight; sentences that name"
+    " noun and telling noun together taught which belong together, after 950 steps, but not to look back. What "
+    "was learnt from short labelled stories before distillation did not outlast it. So what tuning teaches is not"
+    " in the teacher when it gives its opinion, which can help students with the language alone."
 )
 
 
@@ -340,11 +341,11 @@ def page(size: Size, found: dict[str, list[dict[str, float]]], times: Any, claim
         "subject is a person, an organisation, a place or something else; every later mention stands 600 or more words "
         "after it, in sentences that are the same for all kinds. Other names are told by what stands beside them.",
         f"A BERT ({size.layers} blocks of {size.d}, {LEARNT} positions) learns the language by hidden words (20 %; "
-        f"{size.learn_steps} steps of {size.learn_rows} stories of {LEARNT} tokens; Muon), becomes a Longformer (window "
-        f"{size.window}, {LONG:,} positions tiled, the first {size.seen_by_all} global: [CLS] and the first "
-        f"sentence), and goes on for {size.adapt_steps} steps of {size.adapt_rows} long stories: the teacher. Its "
-        f"student has {half} of the blocks and learns for {size.distil_steps} such steps from hidden words and the "
-        "teacher (5 / 2 / 1, T = 2); the control starts from the same weights and learns from hidden words alone. In "
+        f"{size.learn_steps} steps of {size.learn_rows} stories of {LEARNT} tokens; Muon), becomes a Longformer "
+        f"(window {size.window}, {LONG:,} positions tiled, the first {size.seen_by_all} global: [CLS] and the "
+        f"first sentence), and goes on for {size.adapt_steps} steps of {size.adapt_rows} long stories: the teacher. "
+        f"Its student has {half} of the blocks and learns for {size.distil_steps} such steps from hidden words and "
+        "the teacher (5 / 2 / 1, T = 2); the control starts from the same weights and learns from hidden words alone. In "
         "these unlabelled stories half of the later mentions stand in a sentence with a noun that tells the kind; in "
         "labelled and test stories none does.",
         f"All three are then tuned alike: {size.short_updates} updates of {size.short_rows} labelled stories of "
