@@ -345,9 +345,9 @@ def page(size: Size, found: dict[str, list[dict[str, float]]], times: Any, claim
         f"(window {size.window}, {LONG:,} positions tiled, the first {size.seen_by_all} global: [CLS] and the "
         f"first sentence), and goes on for {size.adapt_steps} steps of {size.adapt_rows} long stories: the teacher. "
         f"Its student has {half} of the blocks and learns for {size.distil_steps} such steps from hidden words and "
-        "the teacher (5 / 2 / 1, T = 2); the control starts from the same weights and learns from hidden words alone. In "
-        "these unlabelled stories half of the later mentions stand in a sentence with a noun that tells the kind; in "
-        "labelled and test stories none does.",
+        "the teacher (5 / 2 / 1, T = 2); the control starts from the same weights and learns from hidden words alone. "
+        "In these unlabelled stories half of the later mentions stand in a sentence with a noun that tells the kind; "
+        "in labelled and test stories none does.",
         f"All three are then tuned alike: {size.short_updates} updates of {size.short_rows} labelled stories of "
         f"{LEARNT} tokens, whose later mentions stand right after the first sentence, then {size.updates} updates of "
         f"{size.adapt_rows} from {size.labelled} labelled stories of {LONG:,} tokens like the {size.test} they are "
