@@ -323,7 +323,10 @@ LEARNT_FROM = (
     "1,800 steps, even with all telling nouns hidden and two of them a kind instead of eight; sentences that name"
     " noun and telling noun together taught which belong together, after 950 steps, but not to look back. What "
     "was learnt from short labelled stories before distillation did not outlast it. So what tuning teaches is not"
-    " in the teacher when it gives its opinion, which can help students with the language alone."
+    " in the teacher when it gives its opinion, which can help students with the language alone. One tuning seed "
+    "does not settle what soft labels gain: models leave the plateau at different updates, and in a pilot with "
+    "1,500 steps of language and 24 long updates (12 test stories) teacher, distilled student and control came to"
+    " F1 .877, .909 and .898."
 )
 
 
