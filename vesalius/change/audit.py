@@ -1,7 +1,8 @@
 """Is a skill gone, or only hidden? Multiple-choice tasks are forgotten one after another, and all are asked again.
 
 A task is forgotten by training on random labels, drawn once for each item, for so many steps, or in rounds until
-the items trained on are answered rightly no more often than by chance. Then, for every task,
+the items trained on are answered rightly as often as by chance. The labels drawn are right just as often as a guess.
+Then, for every task,
 
     forget ratio = (accuracy before - accuracy after) / (accuracy before - chance)
 
@@ -14,7 +15,7 @@ confidence before, spread of hidden states), and whether a linear probe still re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from vesalius.train.select import choose
 EXAMPLE = '{"task": "capitals", "prompt": "The capital of France is", "choices": [" Paris", " Rome"], "answer": 0}'
 FEWEST = 8  # items of a task: half are trained on, half held out
 CLOSE = 0.05  # to chance, at which a task counts as forgotten
+SAME = 1e-9  # shares that differ by less are the same
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class AuditPlan:
 
     Attributes:
         steps: updates of a round. rows: items of one. lr: peak learning rate. seed: of halves and labels.
-        rounds: at most so many, until what is trained on is answered at chance; the short ones stop in time.
+        rounds: at most so many, until what is trained on is answered at chance, within 0.05; short ones stop in time.
     """
 
     steps: int = 60
@@ -136,30 +138,56 @@ def halves(items: Sequence[Item], task: str, seed: int) -> tuple[list[Item], lis
 
 
 def random_labels(items: Sequence[Item], seed: int) -> list[Item]:
-    """The same items with answers drawn evenly, once."""
-    drawn = np.random.default_rng([seed, *b"random labels"])
-    return [replace(i, answer=int(drawn.integers(len(i.choices)))) for i in items]
+    """The same items with answers drawn once, as many right as guessing would give, among those of each answer too.
+
+    Answers drawn freely agree with the truth in more or less than that share of a few items, and what is learnt from
+    them is then a little of the skill, or of its opposite.
+    """
+    rng = np.random.default_rng([seed, *b"random labels"])
+    found = list(items)
+    shuffled = rng.permutation(len(items)).tolist()
+    for k in sorted({len(i.choices) for i in items}):
+        mine = sorted((i for i in shuffled if len(items[i].choices) == k), key=lambda i: items[i].answer)
+        first = int(rng.integers(k))
+        for turn, i in enumerate(mine, first):
+            found[i] = replace(items[i], answer=(items[i].answer + turn) % k)
+    return found
 
 
 def unlearn(
-    model: Model, items: Sequence[Item], plan: AuditPlan, tell: Tell = lambda what, share: None
+    model: Model,
+    items: Sequence[Item],
+    plan: AuditPlan,
+    tell: Tell = lambda what, share: None,
+    held: Sequence[Item] = (),
 ) -> tuple[Edit, pd.DataFrame]:
     """Trains a model on random labels of items, in place, round after round, until it answers them at chance.
 
-    Chance is that of the choices, or of the labels drawn, whichever is more often right.
+    A share of right answers below that of guessing is not chance either: the skill is turned round, not gone.
+
+    Args:
+        held: items that are not trained on, asked after every round.
 
     Returns:
-        The recorded edit; one row a step.
+        The recorded edit; one row a step: that of learning, and at the end of each round the share of right answers
+        among the items (`trained`) and among `held` (`held out`).
     """
     labelled = random_labels(items, plan.seed)
-    drawn = np.mean([a.answer == b.answer for a, b in zip(items, labelled, strict=True)])
-    goal = max(chance_of(items), float(drawn)) + CLOSE
+    chance = chance_of(items)
+    drawn = float(np.mean([a.answer == b.answer for a, b in zip(items, labelled, strict=True)]))
+    close = max(CLOSE, abs(drawn - chance)) + SAME  # of few items no share may be closer
     logs = list[pd.DataFrame]()
     with recording(model, "unlearn") as recorder:
         recorder.touch([n for n, _ in model.hf.named_parameters()], "trained on random labels")
-        while len(logs) < plan.rounds and (not logs or ask(model, items).right.mean() > goal):
+        right = np.inf
+        while len(logs) < plan.rounds and abs(right - chance) > close:
             log = _taught(model, labelled, replace(plan, seed=plan.seed + len(logs)), tell)
-            logs.append(log.assign(step=log["step"] + len(logs) * plan.steps))
+            log["step"] += len(logs) * plan.steps
+            right = float(ask(model, items).right.mean())
+            log.loc[log.index[-1], "trained"] = right
+            if held:
+                log.loc[log.index[-1], "held out"] = ask(model, held).right.mean()
+            logs.append(log)
     return recorder.edit, pd.concat(logs, ignore_index=True)
 
 
@@ -194,8 +222,17 @@ def forget_ratio(before: NDArray[np.bool_], after: NDArray[np.bool_], chance: fl
     return float((before.mean() - after.mean()) / lead), float(low[0] / lead), float(high[0] / lead)
 
 
-def matrix(model: Model, items: Sequence[Item], plan: AuditPlan, tell: Tell = lambda what, share: None) -> pd.DataFrame:
+def matrix(
+    model: Model,
+    items: Sequence[Item],
+    plan: AuditPlan,
+    tell: Tell = lambda what, share: None,
+    look: Callable[[str, pd.DataFrame], None] = lambda task, log: None,
+) -> pd.DataFrame:
     """Every task forgotten in turn, every task asked after it; the model is as it was at the end.
+
+    Args:
+        look: called with each task and the log of its forgetting while it is forgotten.
 
     Returns:
         forgot, asked, items ("trained" or "held out"), before, after, chance, ratio, low, high, entropy_before,
@@ -207,7 +244,8 @@ def matrix(model: Model, items: Sequence[Item], plan: AuditPlan, tell: Tell = la
     first = [ask(model, mine) for _, _, mine in parts]
     rows = []
     for task in tasks:
-        edit, _ = unlearn(model, split[task][0], plan, _named(task, tell))
+        edit, log = unlearn(model, split[task][0], plan, _named(task, tell), split[task][1])
+        look(task, log)
         for (asked, kind, mine), was in zip(parts, first, strict=True):
             if kind == "trained" and asked != task:
                 continue

@@ -30,7 +30,7 @@ def work(
     train, held = halves(items, tasks[0], plan.seed)
     mine, notes, probes = [i for i in items if i.task == tasks[0]], list[str](), []
     with run.stage("forget", 1), screen.step(f"forgetting {tasks[0]}") as tell:
-        _, log = unlearn(model, train, plan, tell)
+        _, log = unlearn(model, train, plan, tell, held)
     run.save_table("log", log)
     with run.stage("probe", 1), screen.step("probing"):
         for name, one in (("before", base), ("forgot", model)):
