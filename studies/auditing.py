@@ -30,7 +30,7 @@ PLACE = "auditing"
 
 
 READ = """
-A rule is forgotten as a whole, whichever half of it was trained on, while a probe still reads it; facts with answers
+A rule is forgotten as a whole, though only half of it was trained on, while a probe still reads it; facts with answers
 of their own are forgotten only where they were trained on. Between them lie answers that were drawn by chance but are
 said in the same few words by all items: they carry over in part, mostly by more than the bar of 0.2. Names whose
 answers are the same two words for all are forgotten nearly as a rule is (below), names with answers of their own are
@@ -38,6 +38,7 @@ not: so it seems to matter less whether a rule chose the answers than how much o
 """
 TRIED = """
 ## What was tried
+
 Earlier this page had 80 items of the first rule, 200 pairs of the others and 64 items of each task learnt one by one,
 in models of d 96, labels drawn freely, 16 rows at a rate of 5e-4, and a stop at whichever was higher, chance or the
 share of labels that happened to be right. Held-out ratios were 1.35, 0.65, 1.05 (rule), 0.75, 0.73, 0.68 (order),
