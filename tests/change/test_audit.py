@@ -102,6 +102,11 @@ def test_forgetting_goes_on_until_what_is_trained_on_is_at_chance(knowing: Model
         edit.undo(knowing)
     assert left[1][0] > 0.55 + 1e-6 and abs(left[60][0] - 0.5) <= 0.05 + 1e-6
     assert left[1][1] == 1 and 1 < left[60][1] < 60
+    turned = [replace(i, answer=1 - i.answer) for i in train]
+    assert ask(knowing, turned).right.mean() == 0
+    edit, log = unlearn(knowing, turned, AuditPlan(steps=1, rows=4, lr=1e-7, rounds=3))
+    edit.undo(knowing)
+    assert len(log) == 3  # always wrong is as far from chance as always right
     with pytest.raises(VesaliusError, match="0 rounds"):
         AuditPlan(rounds=0)
 
