@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,9 @@ def test_a_smaller_model_that_opens_without_vesalius_and_its_card(
     base, out = tmp_path / "base", tmp_path / "small"
     shutil.copytree(random_llama, base)
     given = pruned(base, text, tmp_path, "--ratio", "0.25", "--out", out)
-    told = vesalius(*given, "--json").json
+    first = vesalius(*given, "--json")
+    told = first.json
+    assert "\n   ..." not in first.err  # every line of progress says what is done
     assert (
         told["checkpoint"] == str(out)
         and told["change"] == "prune"
@@ -58,10 +61,14 @@ def test_a_smaller_model_that_opens_without_vesalius_and_its_card(
     assert {r["model"] for r in lone["card"]} == {"pruned"} and "random" not in lone["lead"]
     alone = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
     subprocess.run([sys.executable, "-c", alone, str(out)], check=True, capture_output=True)
-    assert "What it cost" in Path(told["report"]).read_text()
+    page = Path(told["report"]).read_text()
+    assert "What it cost" in page
+    assert re.search(rf'<td class="num"[^>]*>\s*{told["after"]:,}\s*</td>', page)  # a number among numbers
 
     shown = vesalius("card", out)
     assert "prune, made of" in shown.out and "perplexity" in shown.out and "ratio=0.25" in shown.out
+    for printed in (shown, vesalius(*given)):
+        assert f"{told['after']:,}" in printed.out and "nats a token" in printed.out
     back = tmp_path / "back"
     assert vesalius("card", out, "--undo", back, "--json").json["restored"] == str(back)
     assert sha256(back) == sha256(base)

@@ -51,6 +51,18 @@ def test_a_direction_steers_and_strength_nought_changes_nothing(random_llama, tm
     assert much["text"] != much["unsteered"]
 
 
+def test_the_terminal_and_the_report_show_a_steered_text_beside_the_unsteered_one(random_llama, tmp_path):
+    concept = tmp_path / "numbers.csv"
+    concept.write_text("text,label\n" + "".join(f"w{i} w{i + 1},{1 if i < 9 else -1}\n" for i in range(1, 18)))
+    command = ["steer", "w7 w8", "--model", random_llama, "--direction", concept, "--strength", 40, "--tokens", 6]
+    text = vesalius(*command, "--out", tmp_path, "--json").json["texts"][0]
+    shown = vesalius(*command, "--out", tmp_path).out
+    assert f"unsteered: w7 w8\u2502{text['unsteered']}" in shown and f"\nsteered: w7 w8\u2502{text['text']}" in shown
+    page = next(tmp_path.glob("steer-*/report.html")).read_text()
+    assert page.index(">steered<") < page.index(">unsteered<") < page.index(">perplexity unsteered<")
+    assert ">went back<" not in page
+
+
 def test_a_guide_is_trained_and_steers(random_llama, labelled, tmp_path):
     base = shutil.copytree(random_llama, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)

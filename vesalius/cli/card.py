@@ -13,8 +13,6 @@ from vesalius.cli import options as o
 from vesalius.cli.console import Screen, records_of
 from vesalius.cli.groups import Machine, expanded
 
-COLUMNS = ("model", "metric", "unit", "before", "after", "change", "low", "high")
-
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
@@ -59,8 +57,7 @@ def card(
     asked = {k: v for k, v in (story.get("request") or {}).items() if k not in told_above}
     if asked:
         head.append("  ".join(f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in asked.items()))
-    table = pd.DataFrame(rows)
-    shown = table[[k for k in COLUMNS if k in table]] if rows else "nothing was measured; --again measures it"
+    shown = c.shown_card(pd.DataFrame(rows)) if rows else "nothing was measured; --again measures it"
     restored = ""
     if undo is not None:
         with screen.step("taking the change back"):

@@ -21,6 +21,7 @@ from vesalius.runs import Run
 
 CARD_PANEL = "Card"
 CARD_TASKS = "ioi,capital"
+SHOWN = ("model", "metric", "unit", "before", "after", "change", "low", "high")
 
 OutModel = Annotated[
     Path | None,
@@ -251,14 +252,19 @@ def value(card: pd.DataFrame, model: str, metric: str, column: str = "after") ->
     return float(row[column].iloc[0])
 
 
+def shown_card(card: pd.DataFrame) -> pd.DataFrame:
+    """A card as people read it: its first columns, counts in full."""
+    from vesalius.report.words import amount
+
+    shown = card[[k for k in SHOWN if k in card]]
+    return shown.assign(**{k: shown[k].map(amount) for k in ("before", "after")})
+
+
 def finish(screen: Screen, run: Run, out: Path | None, tables: Sequence[pd.DataFrame] = ()) -> None:
     """Delivers the model, draws the report, prints the card."""
     from vesalius.change.keeping import deliver
-    from vesalius.report.words import amount
 
     folder = deliver(run.folder / "model", out)
     drawn(screen, run)
     card = run.table("card")
-    shown = card[["model", "metric", "before", "after", "change", "low", "high"]]
-    shown = shown.assign(**{k: shown[k].map(amount) for k in ("before", "after")})
-    conclude(screen, run, shown, *tables, f"\nmodel   {folder}", checkpoint=str(folder), card=card.to_dict("records"))
+    conclude(screen, run, shown_card(card), *tables, f"\nmodel   {folder}", checkpoint=str(folder), card=card.to_dict("records"))

@@ -140,7 +140,7 @@ def _work(
 
     def ranked(name: str) -> Any:
         with screen.step(f"ranking by {name}") as tell:
-            return RANKINGS.get(name)(model, text, request["seed"], lambda done, of: tell("", done / of))
+            return RANKINGS.get(name)(model, text, request["seed"], tell)
 
     with run.stage("rank", 1):
         by = request["by"]

@@ -163,7 +163,7 @@ def _work(screen: Screen, run: Run, made: Any, request: dict[str, Any], command:
         )
     cut = int((table["cut"] != "").sum())
     if cut:
-        notes.append(f"{cut} texts ran out of tokens within a word, which was taken off their end")
+        notes.append(f"{cut} of {len(texts)} texts ran out of tokens within a word, which was taken off the end")
     rules = " · ".join(request["rules"]) or "no rule"
     told = {
         "model": request["model"], "title": rules, "rules": request["rules"], "notes": notes, "command": command,

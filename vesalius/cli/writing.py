@@ -93,6 +93,10 @@ def finish(screen: Screen, run: Run) -> None:
     texts = run.table("texts")
     lines = []
     for row in texts.to_dict("records"):
-        lines.append(f"{row['prompt']}\u2502{row['text']}")
+        if "unsteered" in row:
+            lines += [f"unsteered: {row['prompt']}\u2502{row['unsteered']}", "", "steered: "]
+        else:
+            lines.append("")
+        lines[-1] += f"{row['prompt']}\u2502{row['text']}"
         lines.append("")
     conclude(screen, run, *lines, texts=texts.to_dict("records"))

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _quality(found: pd.DataFrame | None) -> Section:
         for i, r in enumerate(rows.to_dict("records"))
     ]  # fmt: skip
     data = pd.DataFrame([first, *after])
-    top = float(data["perplexity"].max())
+    top = float(data[["perplexity", "high"]].max().max())
     chart = charts.bars(data, "perplexity", "model", "Perplexity of plain text", (0, top * 1.05))
     return Section(title, [chart], "the first is the model as it was, the second the changed one; others are controls.")
 
@@ -65,9 +66,12 @@ def _card(found: pd.DataFrame | None) -> Section:
     title = "The card"
     if found is None:
         return Section(title, missing="nothing was measured.")
-    shown = found.assign(**{k: found[k].map(amount) for k in ("before", "after")})
-    shown["n"] = [str(n) if n else "" for n in found["n"]]
-    return Section(title, [tables.frame_table(shown, shown=len(shown))], READ)
+    shown = tables.frame_table(found.assign(n=found["n"].where(found["n"] > 0)), shown=len(found))
+    at = [shown.heads.index(k) for k in ("before", "after")]
+    for cells, row in zip(shown.rows, found.to_dict("records"), strict=True):
+        for i in at:
+            cells[i] = replace(cells[i], text=amount(row[shown.heads[i]]))
+    return Section(title, [shown], READ)
 
 
 def _own(run: Run, summary: dict[str, Any]) -> list[Section]:

@@ -39,7 +39,15 @@ def _texts(run: Run) -> Section:
     found = tables.frame(run, "texts", ["prompt", "text"])
     if found is None:
         return Section("What was written", missing="nothing was written.")
-    read = "perplexity: of the text under the model with no rule and no steering; stop: why the writing ended."
+    read = "perplexity: of the text under the model with no rule and no steering"
+    if "unsteered" in found:
+        columns = ["prompt", "text", "unsteered", "perplexity", "perplexity_unsteered"]
+        return Section("What was written", [tables.frame_table(found, columns, 20, {"text": "steered"})], f"{read}.")
+    read += (
+        "; stop: why the writing ended (count: after --tokens, end: by the model's end-of-text token, whole: the lines "
+        "are full); allowed: tokens that might have come, the median over steps; went back: words taken back at a dead "
+        "end; cut: the unfinished word taken off the end."
+    )
     return Section("What was written", [tables.frame_table(found, shown=20)], read)
 
 
