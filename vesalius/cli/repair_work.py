@@ -86,7 +86,8 @@ class Work:
         )
         self.tell(
             card, "repaired", text, "a fault",
-            [("faults", "The fault, on held-out examples", "said: share whose continuation greedy decoding says."),
+            [("faults", "The fault, on held-out examples",
+              "said: share whose continuation greedy decoding says; log p: of a token of it, the mean, in nats."),
              ("blocks", "Which blocks were chosen", "sensitivity: of the repair loss; share: of all blocks'.")],
         )  # fmt: skip
 
