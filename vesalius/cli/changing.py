@@ -257,7 +257,7 @@ def shown_card(card: pd.DataFrame) -> pd.DataFrame:
     from vesalius.report.words import amount
 
     shown = card[[k for k in SHOWN if k in card]]
-    return shown.assign(**{k: shown[k].map(amount) for k in ("before", "after")})
+    return shown.assign(**{k: pd.to_numeric(shown[k]).map(amount) for k in ("before", "after")})
 
 
 def finish(screen: Screen, run: Run, out: Path | None, tables: Sequence[pd.DataFrame] = ()) -> None:
@@ -267,4 +267,5 @@ def finish(screen: Screen, run: Run, out: Path | None, tables: Sequence[pd.DataF
     folder = deliver(run.folder / "model", out)
     drawn(screen, run)
     card = run.table("card")
-    conclude(screen, run, shown_card(card), *tables, f"\nmodel   {folder}", checkpoint=str(folder), card=card.to_dict("records"))
+    shown, rows = shown_card(card), card.to_dict("records")
+    conclude(screen, run, shown, *tables, f"\nmodel   {folder}", checkpoint=str(folder), card=rows)

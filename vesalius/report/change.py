@@ -67,11 +67,14 @@ def _card(found: pd.DataFrame | None) -> Section:
     if found is None:
         return Section(title, missing="nothing was measured.")
     shown = tables.frame_table(found.assign(n=found["n"].where(found["n"] > 0)), shown=len(found))
-    at = [shown.heads.index(k) for k in ("before", "after")]
-    for cells, row in zip(shown.rows, found.to_dict("records"), strict=True):
-        for i in at:
-            cells[i] = replace(cells[i], text=amount(row[shown.heads[i]]))
-    return Section(title, [shown], READ)
+    rows = [
+        [
+            replace(c, text=amount(row[head])) if head in ("before", "after") else c
+            for head, c in zip(shown.heads, cells, strict=True)
+        ]
+        for cells, row in zip(shown.rows, found.to_dict("records"), strict=True)
+    ]
+    return Section(title, [replace(shown, rows=rows)], READ)
 
 
 def _own(run: Run, summary: dict[str, Any]) -> list[Section]:
