@@ -204,7 +204,7 @@ def _work(screen: Screen, run: Run, model: Any, card: c.Card, request: dict[str,
     if method != "naive":
         controls["naive"] = lambda: naive(model, bits)
     with run.stage("outliers", 1), screen.step("outlier channels") as tell:
-        by_state, features = outlier_tables(model, text, _size(request), lambda d, of: tell("", d / of))
+        by_state, features = outlier_tables(model, text, _size(request), tell)
         run.save_table("outliers", by_state)
         run.save_table("features", features)
         tables += [
