@@ -235,8 +235,8 @@ def _work(
         {"name": "anchors", "title": "Names, and what stood for them", "read": "in the translation of the text."},
     ]
     if rows:
-        first = {"name": "probes", "title": "What is left of the text"}
-        tables.insert(0, first | {"read": "said: share of probes that greedy decoding answers."})
+        read = "said: share of probes that greedy decoding answers; log p: of a token of them, the mean, in nats."
+        tables.insert(0, {"name": "probes", "title": "What is left of the text", "read": read})
     run.save_json("summary", {
         "model": model.name, "change": "forget", "title": f"{model.name} without a text", "lead": lead + ".",
         "notes": notes, "command": command, "changed": done.changed,
