@@ -64,7 +64,9 @@ def test_half_a_causal_model_beside_its_control(random_llama: Path, words: Path,
     AutoTokenizer.from_pretrained(base, eos_token="w1").save_pretrained(base)  # stands between documents
     given = ("distil", "--teacher", base, "--student", "half", "--corpus", words, "--card-text", words, "--out", out,
              "--runs", tmp_path / "runs", *SHORT, *QUICK, "--json")  # fmt: skip
-    told = vesalius(*given).json
+    outcome = vesalius(*given)
+    told = outcome.json
+    assert all(f"training {name}: step 3/3" in outcome.err for name in ("distilled", "control"))
     assert told["change"] == "distil" and told["checkpoint"] == str(out) and told["blocks"] == 1
     hf = AutoModelForCausalLM.from_pretrained(out)
     assert hf.config.num_hidden_layers == 1 and sum(p.numel() for p in hf.parameters()) == told["after"]

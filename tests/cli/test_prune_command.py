@@ -118,10 +118,12 @@ def test_recovery_is_a_run_of_the_trainer(random_llama: Path, text: Path, tmp_pa
     base = tmp_path / "base"
     shutil.copytree(random_llama, base)
     AutoTokenizer.from_pretrained(base, eos_token="w1").save_pretrained(base)  # the trainer puts it between documents
-    told = vesalius(
+    outcome = vesalius(
         *pruned(base, text, tmp_path, "--ratio", "0.25", "--recover", text, "--tokens", "1600", "--lr", "0.01"),
         "--json",
-    ).json
+    )
+    told = outcome.json
+    assert "recovering: step" in outcome.err
     card = pd.DataFrame(told["card"]).set_index(["model", "metric"])["after"]
     assert card["recovered", "perplexity"] < card["pruned", "perplexity"]
     assert card["recovered", "parameters"] == card["pruned", "parameters"]  # adapters are merged

@@ -15,7 +15,7 @@ Xu et al. 2022, "Learning to Break the Loop", arXiv 2206.02369, sec. 2 and 3.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,14 +128,21 @@ class Loops:
         return float(self.looped.mean())
 
 
-def loops(model: Model, rows: Tensor, prompt: int = 32, continuation: int = 128) -> Loops:
+def loops(
+    model: Model,
+    rows: Tensor,
+    prompt: int = 32,
+    continuation: int = 128,
+    progress: Callable[[int, int], object] | None = None,
+) -> Loops:
     """Greedy continuations of rows of text.
 
     Args:
         model: causal. rows: (row, prompt or more) ids. prompt: tokens given. continuation: tokens written.
+        progress: told (rows done, rows in all).
     """
     filled = torch.cat([rows[:, :prompt], torch.zeros(len(rows), continuation, dtype=rows.dtype)], 1)
-    said = recite(model, filled, prompt, continuation).tokens
+    said = recite(model, filled, prompt, continuation, progress=progress).tokens
     tokenizer: Any = model.tokenizer
     texts = [tokenizer.decode(t, skip_special_tokens=True) for t in said]
     fours = [[tuple(t[i : i + 4]) for i in range(len(t) - 3)] for t in said.tolist()]

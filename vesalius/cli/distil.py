@@ -220,7 +220,7 @@ def _trained(
     made, curves = {}, []
     for name, source in (("distilled", teacher), ("control", None)):
         recipe = distillation(student, source, sides.teacher.kind, sides.teacher.tokenizer, plan)
-        with run.stage(name, 1), screen.step(f"training: {name}"), Watching(screen, quiet=True) as watcher:
+        with run.stage(name, 1), Watching(screen, name=f"training {name}") as watcher:
             folder = train(recipe, run.folder / "training", watcher=watcher)
         made[name] = f"{folder}@last"
         found = Run.open(folder).table("evaluation")

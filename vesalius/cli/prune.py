@@ -166,7 +166,7 @@ def _work(
             recipe = recovery(
                 part, corpus, request["tokens"], request["lr"], c.row_length(model), RECOVERY_ROWS, request["seed"]
             )
-            with Watching(screen, quiet=True) as watcher:
+            with Watching(screen, name="recovering") as watcher:
                 made["recovered"] = vesalius.open(recover(recipe, run.folder / "recovery", watcher), dtype="auto")
     yard, missing = card.yardstick(model)
     order = dict(reversed(made.items()))  # what is kept comes first

@@ -109,24 +109,29 @@ class Work:
         rows, curves = [], []
 
         def judged(name: str) -> None:
-            found = loops(model, prompts, min(PROMPT, prompts.shape[1]), _room(model))
+            with self.screen.step("looking for loops") as tell:
+                found = loops(
+                    model, prompts, min(PROMPT, prompts.shape[1]), _room(model),
+                    lambda done, of: tell(f"looking for loops, {done} of {of}", done / of),
+                )  # fmt: skip
             rows.append({"model": name, "loops": found.rate, "distinct_4": found.distinct, "n": len(found.texts)})
             curves.append(reinforcement(model, asked).assign(model=name))
 
-        with self.run.stage("before", 1), self.screen.step("looking for loops"):
+        with self.run.stage("before", 1):
             judged("before")
-        with self.run.stage("train text", 1), self.screen.step("training on plain text") as tell:
+        with self.run.stage("train text", 1):
             state = {k: v.clone() for k, v in model.hf.state_dict().items()}
             choose(model.hf)
             plain = make_objective("causal-lm", needs_for(model.hf, model.tokenizer))
             source = TextRows(self.text, self.plan.rows, self.plan.seed, int(model.hf.config.vocab_size))
-            learn(model, source, plain, self.plan.steps, self.plan.lr, self.plan.seed, tell=tell)
+            with self.screen.step("training on plain text") as tell:
+                learn(model, source, plain, self.plan.steps, self.plan.lr, self.plan.seed, tell=tell)
             judged("plain text")
             control = model.copied()
             model.hf.load_state_dict(state)
         with self.run.stage("repair", 1), self.screen.step("training against loops") as tell:
             edit, log = break_loops(model, self.text, self.plan, tell)
-        with self.run.stage("after", 1), self.screen.step("looking for loops"):
+        with self.run.stage("after", 1):
             judged("repaired")
         self.run.save_table("loops", pd.DataFrame(rows))
         self.run.save_table("curves", pd.concat(curves, ignore_index=True))

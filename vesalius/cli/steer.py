@@ -273,7 +273,7 @@ def _train(
     recipe = guide_recipe(
         made, work, {"source": str(resolve(model).folder)}, steps=steps, lr=lr, lam=lam, rows=rows, seed=seed, name=name
     )
-    with Watching(screen, quiet=True) as watcher:
+    with Watching(screen, name="training the guide") as watcher:
         run = train(recipe, Path(out or "runs"), watcher=watcher)
     trained = vesalius.open(f"{run}@last")  # refuses one that diverged in its last step, before it is delivered
     place = deliver(Path(resolve(f"{run}@last").folder), Path(folder))

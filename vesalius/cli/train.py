@@ -180,10 +180,14 @@ def parse_changes(items: list[str]) -> dict[str, Any]:
 
 
 class Watching:
-    """Shows a run on standard error: a bar in a terminal, a line now and then elsewhere; draws the live report."""
+    """Shows a run on standard error: a bar in a terminal, a line now and then elsewhere; draws the live report.
 
-    def __init__(self, screen: Screen, quiet: bool = False) -> None:
-        self.screen, self.quiet = screen, quiet
+    Args:
+        quiet: show nothing. name: what is trained, where it is one thing among others that a command does.
+    """
+
+    def __init__(self, screen: Screen, quiet: bool = False, name: str = "") -> None:
+        self.screen, self.quiet, self.name = screen, quiet, name
         self.line = time.monotonic()
         self.loss: float | None = None
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[told]}"))
@@ -214,11 +218,11 @@ class Watching:
             return
         if not self.bar.disable:
             if self.task is None:
-                self.task = self.bar.add_task("training", total=total, told="")
+                self.task = self.bar.add_task(self.name or "training", total=total, told="")
             self.bar.update(self.task, completed=done, told=told)
         elif time.monotonic() - self.line > LINE_SECONDS or done == total:
             self.line = time.monotonic()
-            self.message(f"step {told}")
+            self.message(f"{self.name}: step {told}" if self.name else f"step {told}")
 
     def saved(self, run: Run, step: int) -> None:
         """New numbers lie in the run."""
