@@ -6,10 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from cli_helpers import vesalius
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 CARD = ("--card-rows", "2", "--card-n", "4", "--card-tasks", "")
 
@@ -58,6 +60,34 @@ def test_a_habit_is_repaired_and_taken_back(base: Path, text: Path, faults: Path
     assert vesalius("card", out, "--undo", back).code == 0
     assert (back / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert "Which blocks were chosen" in Path(told["report"]).read_text()
+
+
+def test_loops_beside_as_much_plain_text(random_llama: Path, tmp_path: Path) -> None:
+    """Sentences of a language of which each text has its own words: what has been said is what can be foretold."""
+    base, text = tmp_path / "base", tmp_path / "text.jsonl"
+    shutil.copytree(random_llama, base)
+    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, 96)}, ".": 96}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="w1").save_pretrained(base)
+    draw = np.random.default_rng(0)
+    with text.open("w") as file:
+        for _ in range(80):
+            own = draw.choice(np.arange(2, 95), 8, replace=False)
+            said = [[f"w{w}" for w in draw.choice(own, 6)] for _ in range(24)]
+            file.write(json.dumps({"text": " ".join(" ".join(s) + " ." for s in said)}) + "\n")
+    outcome = vesalius(
+        "repair", "--loops", "--model", base, "--keep", text, "--keep-rows", 16, "--card-text", text, *CARD,
+        "--steps", 40, "--lr", 0.01, "--runs", tmp_path / "runs", "--out", tmp_path / "calmer", "--json",
+    )  # fmt: skip
+    told = outcome.json
+    assert outcome.err.count("looking for loops, 50 of 50") == 3 and outcome.err.count("step 1 of 40") == 2
+    found = pd.read_parquet(Path(told["run"]) / "loops.parquet").set_index("model")
+    assert list(found.index) == ["before", "plain text", "repaired"] and found["loops"].between(0, 1).all()
+    curves = pd.read_parquet(Path(told["run"]) / "curves.parquet").groupby("model")["TP"].last()
+    assert curves["repaired"] < curves["plain text"]
+    assert vesalius("card", tmp_path / "calmer", "--undo", tmp_path / "back").code == 0
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
 def test_nonsense_is_one_line(base: Path, text: Path, faults: Path, tmp_path: Path) -> None:
