@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from vesalius.change.calibration import Sample
 from vesalius.model.int8 import Scheme, input_grid, weight_grid
 from vesalius.model.weights import matrix
 
@@ -27,21 +28,19 @@ class TokenEnds:
 
     def __init__(self, shift: Tensor | None = None, scale: Tensor | None = None) -> None:
         self.shift, self.scale = shift, scale
-        self._ends, self._kept = list[Tensor](), list[Tensor]()
+        self._ends, self._sample = list[Tensor](), Sample(TOKENS)
 
     def add(self, x: Tensor) -> None:
         x = x.float()
         if self.shift is not None and self.scale is not None:
             x = (x - self.shift) / self.scale
         self._ends.append(torch.stack(x.aminmax(dim=1)))
-        left = TOKENS - sum(map(len, self._kept))
-        if left > 0:
-            self._kept.append(x[:left].clone())
+        self._sample.add(x)
 
     @property
     def inputs(self) -> Tensor:
         """Some tokens, (token, channel)."""
-        return torch.cat(self._kept)
+        return self._sample.inputs
 
     def between(self, share: float) -> Tensor:
         """The range of a percentile, (low, high)."""
