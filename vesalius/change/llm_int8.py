@@ -74,7 +74,8 @@ def llm_int8(
     """The model with every linear map of its blocks in int8.
 
     Args:
-        model: as it is; it stays so. threshold: of outliers, one for all maps or by map; 0 rounds everything.
+        model: as it is; it stays so. threshold: of outliers, one for all maps or by map (0 where
+            none is given); 0 rounds everything.
         zero_point: ranges as they are found, for tokens and outputs, in the place of the largest size both ways.
         columns: whose weights are kept in float16, by map, from `outlier_columns`.
 
@@ -91,7 +92,7 @@ def llm_int8(
         raise VesaliusError("with threshold 0 no column is an outlier, so none can be kept; give a threshold of 6")
 
     def make(one: str, module: nn.Module) -> nn.Module:
-        own = dataclasses.replace(scheme, threshold=by_map[one])
+        own = dataclasses.replace(scheme, threshold=by_map.get(one, 0.0))
         return Int8Linear.of(module, own, columns=(columns or {}).get(one))
 
     return replaced(model, make, name=name or f"{model.name}-int8")
